@@ -24,6 +24,7 @@ COMMANDS = {
     "bills": ("cli.bills:bills", "Show what is not billed or was refused, or write it off."),
     "costs": ("cli.costs:costs", "Show the cost of rented computers."),
     "providers": ("cli.providers:providers", "List, ban or unban providers."),
+    "golem": ("cli.golem:golem", "Check the connection to the Golem network."),
     "keys": ("cli.keys:keys", "Create, list or revoke API keys."),
     "webhooks": ("cli.webhooks:webhooks", "Notify other programs when a request or a batch is done."),
     "operate": ("cli.operate:operate", "Pause, resume or drain the batchers, or show their status."),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from devnet.scenario import Scenario
 
 DEFAULT_PROVIDERS = 3
+STARTER_MODEL = "efficientnet_lite0"
 
 
 @click.command()
@@ -44,8 +45,9 @@ def devnet(
 ) -> None:
     """Run a simulated Golem network on this computer until Ctrl-C or SIGTERM, for trying out and for tests.
 
-    Its providers run jobs as processes of the current user, with the models of the home. No money is involved. The
-    environment variables for a requestor are written to stdout, a log of events to stderr.
+    Its providers run jobs as processes of the current user, from an image with the models that are installed in the
+    home when the devnet starts. No money is involved. The environment variables for a requestor are written to stdout,
+    a log of events to stderr.
 
     \b
     Example:
@@ -65,6 +67,10 @@ def devnet(
     from cli.logs import configure_logging
 
     configure_logging()
+    from provider_image.compiler import ensure_installed
+
+    # So that the image is of use in a new home too; a batcher would install it with the first request.
+    ensure_installed(home / "models", STARTER_MODEL)
     import asyncio
 
     asyncio.run(_run(plan, home=home, port=port or 0, **files))

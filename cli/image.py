@@ -77,7 +77,7 @@ def push(models: Sequence[str], tag: str | None) -> None:
     """Publish a container image on Golem's registry. Build it first, for the same models.
 
     Needs gvmkit-build, a login (gvmkit-build --login) and MLG_IMAGE_REGISTRY=user/repository. The published image is
-    recorded in provider_image/images.lock.
+    recorded in the file images.lock of the home, from which the golem executor takes it.
 
     \b
     Example:

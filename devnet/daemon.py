@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,10 +22,11 @@ from typing import Any, Self
 from aiohttp import web
 
 from devnet.api.activities import activity_routes
-from devnet.api.application import CallJournal, make_application
+from devnet.api.application import IMAGE_PATH, CallJournal, make_application
 from devnet.api.market import market_routes
 from devnet.api.payments import payment_routes
 from devnet.gftp import remove_dead_servers, write_program
+from devnet.image import Image, build_image
 from devnet.market import MarketService
 from devnet.payments import PaymentService
 from devnet.provider.activities import Activities
@@ -42,8 +42,8 @@ _MAX_FOLDER_LENGTH = 40
 class Devnet:
     """A daemon and its providers. As an async context manager it starts at once, and closes at the end.
 
-    :param folder: for the gftp program and its exchange.
-    :param home: home with the models of the providers.
+    :param folder: for the gftp program, its exchange, and the image of the providers.
+    :param home: home whose models the image holds, as they are at the first start; without models if None.
     :param port: port to listen on; if 0, the port of the saved state or a free one. It stays the same over restarts.
     :param state: file of the state that is kept over restarts; in memory if None.
     :param journal: file for a line of JSON about each call.
@@ -72,6 +72,8 @@ class Devnet:
         self.payment: PaymentService
         self.activities: Activities
         self._home = home
+        self._image: Image | None = None
+        self._image_folder = folder.absolute() / "image"
         self._extra_environment = dict(environment or {})
         self._bin, self._exchange = folder.absolute() / "bin", folder.absolute() / "exchange"
         self._state = StateStore(state, self._snapshot)
@@ -102,8 +104,16 @@ class Devnet:
             "YAGNA_APPKEY": self.app_key,
             "YAGNA_API_URL": self.url,
             "YAGNA_SUBNET": self.scenario.subnet,
+            "MLG_GOLEM_IMAGE": f"{self.image.hash}@{self.url}{IMAGE_PATH.format(name=self.image.hash)}",
             "PATH": os.pathsep.join((str(self._bin), os.environ.get("PATH", os.defpath))),
         }
+
+    @property
+    def image(self) -> Image:
+        """The image that it publishes."""
+        if self._image is None:
+            self._image = build_image(self._image_folder, self._home)
+        return self._image
 
     async def start(self) -> None:
         """Start the daemon with the saved state. :raises OSError: the port is in use."""
@@ -123,7 +133,8 @@ class Devnet:
             *payment_routes(self.payment, self.market, self._report),
             *activity_routes(self.activities, self.market),
         ]
-        app = make_application(routes, app_key=self.app_key, journal=self.journal, faults=self.faults)
+        images = {self.image.hash: self.image.to_bytes()}
+        app = make_application(routes, app_key=self.app_key, images=images, journal=self.journal, faults=self.faults)
         # handler_cancellation: a call ends when its caller disconnects. shutdown_timeout: `stop` does not wait for
         # calls; 0 would mean no limit.
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.01)
@@ -175,7 +186,8 @@ class Devnet:
             folder=self._activities_folder,
             exchange=self._exchange,
             faults=self.faults,
-            environment={**_environment(self._home), **self._extra_environment},
+            image=self.image,
+            environment={**_environment(), **self._extra_environment},
             on_change=self._state.changed,
         )
         cores = 0
@@ -207,11 +219,7 @@ def _assign_cpus(offset: int, cores: int) -> frozenset[int]:
     return frozenset(available[(offset + number) % len(available)] for number in range(min(cores, len(available))))
 
 
-def _environment(home: Path | None) -> Mapping[str, str]:
-    """Make the environment of the providers' processes: this Python's programs, the models, nothing of a requestor."""
+def _environment() -> Mapping[str, str]:
+    """Make the environment of the providers' processes: nothing of a requestor."""
     variables = {key: os.environ[key] for key in ("LANG", "LC_ALL", "TZ", "TMPDIR") if key in os.environ}
-    scripts = str(Path(sys.executable).parent)
-    variables["PATH"] = os.pathsep.join((scripts, os.environ.get("PATH", os.defpath)))
-    if home is not None:
-        variables["MLG_HOME"] = str(home.absolute())
-    return variables
+    return {"PATH": os.defpath, **variables}

@@ -20,7 +20,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,12 @@ REQUESTOR_ID = "0x" + "de" * 20
 
 _URL = re.compile(r"gftp://0x[0-9a-f]{40}/([0-9a-f]{64})")
 _LOCK = "lock"
-_BLOCK_BYTES = 1024 * 1024
+_BLOCK_BYTES, _PACED_BYTES = 1024 * 1024, 64 * 1024
 _METHODS = ("version", "publish", "receive", "close", "shutdown")
+
+
+#: Waits before so many bytes are copied. :raises TransferFailed: the transfer is over.
+Pace = Callable[[int], None]
 
 
 class TransferFailed(Exception):
@@ -62,44 +66,41 @@ def resolve_url(exchange: Path, url: str) -> PublishedFile:
     raise TransferFailed(f"Nothing is published at {url}")
 
 
-def fetch(exchange: Path, url: str, target: Path) -> None:
+def fetch(exchange: Path, url: str, target: Path, pace: Pace | None = None) -> None:
     """Copy a published file of the requestor to `target`. :raises TransferFailed: why not."""
     published = resolve_url(exchange, url)
     if published.is_target:
         raise TransferFailed(f"There is no file to read at {url}")
-    _transfer(published.file, target, f"{url} cannot be fetched")
+    _transfer(published.file, target, f"{url} cannot be fetched", pace)
 
 
-def deliver(exchange: Path, source: Path, url: str) -> None:
+def deliver(exchange: Path, source: Path, url: str, pace: Pace | None = None) -> None:
     """Copy `source` to a file that the requestor waits for. :raises TransferFailed: why not."""
     published = resolve_url(exchange, url)
     if not published.is_target:
         raise TransferFailed(f"No file is expected at {url}")
-    _transfer(source, published.file, f"{source.name} cannot be delivered")
+    _transfer(source, published.file, f"{source.name} cannot be delivered", pace)
 
 
-def _transfer(source: Path, target: Path, failure: str) -> None:
+def _transfer(source: Path, target: Path, failure: str, pace: Pace | None) -> None:
     try:
-        copy_file(source, target)
+        copy_file(source, target, pace)
     except OSError as error:
         raise TransferFailed(f"{failure}: {error.strerror or error}") from error
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file atomically; blocks of zeros become holes."""
-    part = target.with_name(f".{target.name[:200]}.{os.urandom(6).hex()}.part")
-    try:
-        with source.open("rb") as reader, part.open("xb") as writer:
-            while block := reader.read(_BLOCK_BYTES):
-                # The fault `oversize` must not fill the requestor's disk with zeros.
-                if block.count(0) == len(block):
-                    writer.seek(len(block), os.SEEK_CUR)
-                else:
-                    writer.write(block)
-            writer.truncate()
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+def copy_file(source: Path, target: Path, pace: Pace | None = None) -> None:
+    """Copy a file in parts into the target, as gftp does: what fails leaves a part. Blocks of zeros become holes."""
+    with source.open("rb") as reader, target.open("wb", buffering=0) as writer:
+        while block := reader.read(_BLOCK_BYTES if pace is None else _PACED_BYTES):
+            if pace is not None:
+                pace(len(block))
+            # The fault `oversize` must not fill the requestor's disk with zeros.
+            if block.count(0) == len(block):
+                writer.seek(len(block), os.SEEK_CUR)
+            else:
+                writer.write(block)
+        writer.truncate()
 
 
 def write_program(bin_folder: Path, exchange: Path) -> Path:

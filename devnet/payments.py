@@ -46,7 +46,7 @@ class PaymentService:
 
     def send_debit_note(
         self, agreement: Agreement, activity_id: str, amount: Decimal, usage: list[float], due_at: datetime | None
-    ) -> None:
+    ) -> Bill:
         """Deliver a provider's debit note: the cost of an activity so far."""
         note = self._bill(agreement, [activity_id], amount, due_at)
         note.usage = usage
@@ -55,6 +55,7 @@ class PaymentService:
         self.debit_notes[note.bill_id] = note
         self.debit_note_events.add(eventType="DebitNoteReceivedEvent", debitNoteId=note.bill_id)
         self._on_change()
+        return note
 
     def _bill(self, agreement: Agreement, activity_ids: list[str], amount: Decimal, due_at: datetime | None) -> Bill:
         properties = agreement.demand["properties"]

@@ -141,7 +141,7 @@ class ProviderPlan:
     #: GLM per second that an activity exists.
     price_per_second: Decimal = Decimal("0.00002")
     cores: int = 1
-    threads: int = 1
+    threads: int = 4
     memory_gib: float = 8.0
     storage_gib: float = 20.0
     #: Relative speed: 0.5 takes twice as long.
@@ -150,7 +150,11 @@ class ProviderPlan:
     runtimes: tuple[str, ...] = ("vm", "mlg")
     faults: tuple[Fault, ...] = ()
     #: Time between two debit notes; if 0, only one is sent, at the end of the activity.
-    debit_note_seconds: float = 0.0
+    debit_note_seconds: float = 120.0
+    #: Time before the provider answers a proposal, approves an agreement, or begins a batch.
+    latency_seconds: float = 0.0
+    #: Speed of its transfers, which arrive in parts; unlimited if 0.
+    bytes_per_second: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.node_id:
@@ -161,9 +165,11 @@ class ProviderPlan:
             raise ConfigError(f"node_id of {self.name} must be 0x and 40 lower-case hex digits, not {self.node_id!r}.")
         if min(self.start_price, self.price_per_cpu_second, self.price_per_second) < 0:
             raise ConfigError(f"The prices of {self.name} must be 0 or more.")
-        if self.speed <= 0 or self.cores < 1 or self.threads < 1 or self.debit_note_seconds < 0:
+        if self.speed <= 0 or self.cores < 1 or self.threads < 1:
+            raise ConfigError(f"{self.name}: speed must be more than 0, cores and threads 1 or more.")
+        if min(self.debit_note_seconds, self.latency_seconds, self.bytes_per_second) < 0:
             raise ConfigError(
-                f"{self.name}: speed must be more than 0, cores and threads 1 or more, debit_note_seconds 0 or more."
+                f"{self.name}: debit_note_seconds, latency_seconds and bytes_per_second must be 0 or more."
             )
         _check_kinds(self.faults, PROVIDER_KINDS, self.name)
 
@@ -182,14 +188,20 @@ class Scenario:
     idle_seconds: float = 90.0
     #: A provider ends an agreement for which the requestor has made no call for this long.
     silent_seconds: float = 1800.0
+    #: A provider refuses an agreement whose demand expires sooner.
+    min_expiration_seconds: float = 300.0
+    #: A provider ends an agreement if a debit note has not been accepted for this long.
+    debit_note_accept_seconds: float = 240.0
 
     def __post_init__(self) -> None:
         names = [plan.name for plan in self.providers]
         ids = [plan.node_id for plan in self.providers]
         if len(set(names)) < len(names) or len(set(ids)) < len(ids):
             raise ConfigError(f"Two providers have the same name or node_id: {', '.join(names)}.")
-        if self.idle_seconds <= 0 or self.silent_seconds <= 0 or self.funds < 0:
-            raise ConfigError("idle_seconds and silent_seconds must be more than 0, funds 0 or more.")
+        if min(self.idle_seconds, self.silent_seconds, self.debit_note_accept_seconds) <= 0:
+            raise ConfigError("idle_seconds, silent_seconds and debit_note_accept_seconds must be more than 0.")
+        if self.funds < 0 or self.min_expiration_seconds < 0:
+            raise ConfigError("funds and min_expiration_seconds must be 0 or more.")
         _check_kinds(self.faults, DAEMON_KINDS, "the daemon")
 
 
@@ -209,6 +221,8 @@ def _default_plan(number: int) -> ProviderPlan:
         start_price=Decimal("0.001") * factor,
         price_per_cpu_second=Decimal("0.0001") * factor,
         price_per_second=Decimal("0.00002") * factor,
+        latency_seconds=0.05,
+        bytes_per_second=20e6,
     )
 
 

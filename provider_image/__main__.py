@@ -33,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         is_debugging = environment.boolean("MLG_DEBUG", False)
         options = _parser(environment).parse_args(arguments)
+        if options.command == "run" and options.threads is not None:
+            from provider_image.cores import limit_cores
+
+            limit_cores(options.threads)  # also for the warm process that it may start
         if options.command == "run" and not options.cold:
             _run_warm(options, environment)
             return 0

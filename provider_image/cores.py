@@ -54,6 +54,14 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     return min(found, default=_UNKNOWN_MEMORY_BYTES)
 
 
+def limit_cores(number: int) -> None:
+    """Limit this process, and those that it starts, to so many of its cores, with all the threads of libraries."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        first = os.getpid() % len(cores)  # other processes may do the same
+        os.sched_setaffinity(0, [*cores, *cores][first : first + min(number, len(cores))])
+
+
 def _quotas(root: Path) -> list[float]:
     """Return the limits of this process's control groups and their parents, in cores."""
     found = []

@@ -188,6 +188,16 @@ def test_a_unit_runs_a_command_that_exists_and_is_restricted(path: Path) -> None
     assert service["User"] not in ([], ["root"])
 
 
+def test_gftp_of_the_batcher_finds_the_socket_of_the_daemon_in_spite_of_private_tmp() -> None:
+    daemon = unit(DEPLOY / "systemd" / "yagna.service")["Service"]
+    (address,) = daemon["Environment"]
+
+    assert f"#{address}\n" in (DEPLOY / "systemd" / "mlg.env").read_text()
+    assert address.startswith(f"GSB_URL=unix:/run/{daemon['RuntimeDirectory'][0]}/")
+    for path in UNITS:
+        assert unit(path)["Service"]["Group"] == daemon["Group"]
+
+
 def test_only_the_timer_starts_a_single_run() -> None:
     assert (DEPLOY / "systemd" / "mlg-batch.service").exists()
     assert unit(DEPLOY / "systemd" / "mlg-batch.service")["Service"]["Type"] == ["oneshot"]
@@ -196,11 +206,11 @@ def test_only_the_timer_starts_a_single_run() -> None:
 
 def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     program = find_program("systemd-analyze", package="systemd")
-    for path in (DEPLOY / "systemd").glob("mlg*.*"):
+    for path in (DEPLOY / "systemd").glob("*.*"):
         # The command has to exist on this machine.
         text = path.read_text().replace("/opt/mlg/bin/mlg", sys.executable)
-        (tmp_path / path.name).write_text(text)
-    paths = [str(path) for path in sorted(tmp_path.glob("mlg*.service")) + sorted(tmp_path.glob("mlg*.timer"))]
+        (tmp_path / path.name).write_text(text.replace("/usr/local/bin/yagna", sys.executable))
+    paths = [str(path) for path in sorted(tmp_path.glob("*.service")) + sorted(tmp_path.glob("*.timer"))]
 
     run = subprocess.run([program, "verify", "--man=no", *paths], capture_output=True, text=True, timeout=120)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from batcher.errors import ContainerImageError
 from batcher.image_build.container_engine import find_engine
 from batcher.image_build.context import check_checkout, find_intact_artefact, make_context
-from batcher.image_build.lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage, add_to_lock, read_lock
+from batcher.image_build.lock import HASH, REPOSITORY, PublishedImage, add_to_lock, lock_file, read_lock
 from provider_image.environment import Settings, home_setting, setting
 from provider_image.errors import ConfigError, MlgError
 from provider_image.models.artefact import check_files, installed_digest, read_artefact
@@ -30,6 +30,8 @@ from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.registry import find_custom_name, find_row
 
 _TAG = re.compile(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9]:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+#: What Golem's runtime for images runs, as engines name it.
+_ARCHITECTURE = "amd64"
 #: Messages of gvmkit-build when it is not logged in, or cannot store a token.
 _NOT_LOGGED_IN = re.compile(r"log ?in|credential|secure storage|unauthori[sz]ed|\b401\b", re.IGNORECASE)
 _NO_ENGINE = re.compile(r"connect to docker", re.IGNORECASE)
@@ -139,10 +141,9 @@ def push_image(
     settings: ImageSettings,
     *,
     tag: str | None = None,
-    lock: Path = LOCK_FILE,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> dict[str, PublishedImage]:
-    """Publish the image with these models in Golem's registry, and record it in the lock file.
+    """Publish the image with these models in Golem's registry, and record it in the home's lock file.
 
     :return: the published image, by model.
     :raises MlgError: it was not published and the lock file is unchanged; says what to do.
@@ -151,6 +152,7 @@ def push_image(
     name = image_tag(names, tag)
     if not settings.registry:
         raise ConfigError("Set where to publish, a repository in Golem's registry: MLG_IMAGE_REGISTRY=user/repository.")
+    lock = lock_file(settings.models)
     read_lock(lock)  # so that a damaged file is reported before the upload
     program = shutil.which("gvmkit-build")
     if program is None:
@@ -163,7 +165,13 @@ def push_image(
             f"gvmkit-build takes images from docker only. Copy it: buildah push {name} docker-daemon:{name}, "
             "then push with MLG_IMAGE_ENGINE=docker"
         )
-    digests = _labelled_digests(engine.labels(name), name, names)
+    labels, architecture = engine.inspect(name)
+    if architecture != _ARCHITECTURE:
+        raise ContainerImageError(
+            f"The image {name} is for {architecture}, but Golem's providers run {_ARCHITECTURE} only. "
+            "Build it on such a machine."
+        )
+    digests = _labelled_digests(labels, name, names)
     target = f"{settings.registry}:{name.rpartition(':')[2]}"
     with tempfile.TemporaryDirectory(prefix="mlg-image-") as folder:
         file = Path(folder, "image.gvmi")

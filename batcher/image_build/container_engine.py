@@ -60,16 +60,21 @@ class ContainerEngine:
                 f"{self.name} could not build the image (exit status {result.returncode}). See its output above."
             )
 
-    def labels(self, image: str) -> dict[str, str]:
-        """Read an image's labels. :raises ContainerImageError: there is no such image."""
+    def inspect(self, image: str) -> tuple[dict[str, str], str]:
+        """Read an image's labels and its architecture, for example amd64.
+
+        :raises ContainerImageError: there is no such image.
+        """
         inspect_command = ["inspect", "--type", "image"] if self.name == "buildah" else ["image", "inspect"]
         result = _run(self.program, *inspect_command, image)
         if result.returncode:
             raise ContainerImageError(f"{self.name} has no image {image}. Build it first: mlg image build MODEL")
         try:
             document = json.loads(result.stdout)
-            config = document["OCIv1"]["config"] if self.name == "buildah" else document[0]["Config"]
-            return {str(name): str(value) for name, value in (config.get("Labels") or {}).items()}
+            found = document["OCIv1"] if self.name == "buildah" else document[0]
+            config = found["config" if self.name == "buildah" else "Config"]
+            labels = {str(name): str(value) for name, value in (config.get("Labels") or {}).items()}
+            return labels, str(found["architecture" if self.name == "buildah" else "Architecture"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ContainerImageError(
                 f"mlg cannot read how {self.name} describes the image {image}. "

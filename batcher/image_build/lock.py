@@ -1,7 +1,7 @@
 """The lock file of published provider images: which image in Golem's registry contains which model.
 
-`provider_image/images.lock` is sorted JSON, to be committed: model -> published image. `mlg image push` writes it; the
-golem executor reads it, so that all providers run exactly the published image.
+`images.lock` in the home is sorted JSON: model -> published image. `mlg image push` writes it; the golem executor reads
+it, so that all providers run exactly the published image. To use the images on another machine, copy the file there.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from typing import Any
 from batcher.errors import ContainerImageError
 from provider_image.models.artefact import is_model_name
 
-#: Its place in a source checkout.
-LOCK_FILE = Path(__file__).resolve().parents[2] / "provider_image" / "images.lock"
 #: user/repository in Golem's registry.
 REPOSITORY = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}/[a-z0-9][a-z0-9_.-]{0,62}")
 #: SHA3-224 of the published file, by which Golem finds it.
@@ -28,6 +26,30 @@ HASH = re.compile(r"[0-9a-f]{56}")
 
 _IMAGE = re.compile(rf"{REPOSITORY.pattern}:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_URL = re.compile(r"https?://[!-~]+")
+
+
+def lock_file(models: Path) -> Path:
+    """Return the lock file of a home, which is beside its folder of models."""
+    return models.with_name("images.lock")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAddress:
+    """An image that need not be in Golem's registry."""
+
+    #: SHA3-224 of the file, 56 hexadecimal digits.
+    hash: str
+    #: Where providers download it, by HTTP or HTTPS.
+    url: str
+
+    @classmethod
+    def from_text(cls, text: str) -> ImageAddress:
+        """Read HASH@URL. :raises ValueError: the text has another form."""
+        found, _, url = text.partition("@")
+        if not HASH.fullmatch(found) or not _URL.fullmatch(url):
+            raise ValueError(text)
+        return cls(hash=found, url=url)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +86,7 @@ class PublishedImage:
         return cls(**{**row, "pushed_at": pushed_at})
 
 
-def read_lock(path: Path = LOCK_FILE) -> dict[str, PublishedImage]:
+def read_lock(path: Path) -> dict[str, PublishedImage]:
     """Read the lock file: model -> published image; empty if there is no file yet.
 
     :raises ContainerImageError: it cannot be read, or an entry is invalid.
@@ -90,12 +112,13 @@ def read_lock(path: Path = LOCK_FILE) -> dict[str, PublishedImage]:
     return found
 
 
-def add_to_lock(new: Mapping[str, PublishedImage], path: Path = LOCK_FILE) -> None:
+def add_to_lock(new: Mapping[str, PublishedImage], path: Path) -> None:
     """Add or replace entries, and keep the others; the file is replaced atomically.
 
     :raises ContainerImageError: the existing file cannot be read, or the new one cannot be written.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # two pushes at once must not lose each other's entries

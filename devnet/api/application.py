@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,6 +33,8 @@ MAX_BODY_BYTES = 32 * 1024 * 1024
 VERSION = "0.17.3"
 #: Number of calls kept in memory.
 MAX_CALLS = 20_000
+#: Where images are published, for everybody as on the real network.
+IMAGE_PATH = "/images/{name}"
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -98,9 +100,17 @@ class CallJournal:
 
 
 def make_application(
-    routes: list[web.RouteDef], *, app_key: str, journal: CallJournal, faults: FaultSchedule
+    routes: list[web.RouteDef],
+    *,
+    app_key: str,
+    images: Mapping[str, bytes],
+    journal: CallJournal,
+    faults: FaultSchedule,
 ) -> web.Application:
-    """Make the application of all routes."""
+    """Make the application of all routes.
+
+    :param images: the published images, by hash.
+    """
 
     async def answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Check the app key, inject the daemon's faults, and report errors."""
@@ -130,6 +140,8 @@ def make_application(
 
     @web.middleware
     async def record(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if request.path.startswith(IMAGE_PATH.format(name="")):
+            return await handler(request)  # no call of the daemon
         at, started_at = utc_now(), time.monotonic()
         response: web.StreamResponse | None = None
         body = b""
@@ -151,7 +163,12 @@ def make_application(
     general = Routes("")
     general.add("GET", "/me", lambda call: me)
     general.add("GET", "/version/get", lambda call: version)
-    app.add_routes([*general, *routes])
+
+    async def send_image(request: web.Request) -> web.Response:
+        content = images.get(request.match_info["name"])
+        return _error_response(404, "There is no such image.") if content is None else web.Response(body=content)
+
+    app.add_routes([*general, *routes, web.get(IMAGE_PATH, send_image)])
     return app
 
 

@@ -5,6 +5,7 @@ Made by `Devnet`, called by the API. An activity ends with the daemon; its usage
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devnet.errors import NotFound
+from devnet.image import Image, load_image
 from devnet.provider.exe_unit import ExeUnit
 from devnet.records import Agreement
 from devnet.scenario import FaultSchedule
@@ -39,6 +41,8 @@ class Activities:
     #: The folder that the `gftp` program shares with the daemon.
     exchange: Path
     faults: FaultSchedule
+    #: The built-in image of the providers' other runtimes; `vm` takes the one that the demand names.
+    image: Image
     #: Environment of the providers' processes.
     environment: Mapping[str, str]
     #: Called after every change of the state that is kept over a restart.
@@ -57,12 +61,15 @@ class Activities:
     def create(self, agreement: Agreement, owner: Provider) -> str:
         """Start an activity for an agreement. :return: its id."""
         activity_id = secrets.token_hex(16)
+        package = str(agreement.demand["properties"].get("golem.srv.comp.task_package", ""))
+        is_built_in = agreement.offer["properties"].get("golem.runtime.name") != "vm"
         unit = ExeUnit(
             activity_id,
             plan=owner.plan,
             folder=self.folder / activity_id[:8],
             exchange=self.exchange,
             faults=self.faults,
+            load_image=(lambda: self.image) if is_built_in else functools.partial(load_image, package),
             environment=self.environment,
             cpus=owner.cpus,
         )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Coroutine
-from datetime import UTC, datetime
+from collections.abc import Callable, Coroutine, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from devnet.constraints import parse
@@ -20,7 +20,7 @@ from devnet.payments import PaymentService
 from devnet.provider.activities import Activities
 from devnet.provider.invoicing import Invoicer
 from devnet.provider.offers import offer_constraints, offer_properties
-from devnet.records import Agreement, Demand, Proposal
+from devnet.records import Agreement, Bill, Demand, Proposal
 from devnet.scenario import FaultSchedule, ProviderPlan, Scenario
 from devnet.timing import ChangeNotifier
 
@@ -55,12 +55,19 @@ class Provider:
         self._fault = functools.partial(faults.triggers, plan.name)
         self._report = report
         #: Id of an offer -> its properties.
-        self._offers = {f"{plan.name}-{each}": offer_properties(plan, each, scenario.subnet) for each in plan.runtimes}
+        self._offers = {f"{plan.name}-{each}": offer_properties(plan, each, scenario) for each in plan.runtimes}
         self._constraints = offer_constraints(scenario.subnet)
         self._notifier = ChangeNotifier()
         self._last_contact_at = 0.0
         self._idle_since = 0.0
-        self._invoicer = Invoicer(plan=plan, payment=payment, activities=activities, faults=faults, report=report)
+        self._invoicer = Invoicer(
+            plan=plan,
+            payment=payment,
+            activities=activities,
+            faults=faults,
+            report=report,
+            on_debit_note=lambda agreement, note: self._spawn(self._await_acceptance(agreement, note)),
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -95,12 +102,17 @@ class Provider:
         if self.agreement is not None or self._fault("no-answer"):
             return
         if proposal.offer_id in self._offers:
-            self._propose(proposal.offer_id, proposal)
+            if self.plan.latency_seconds:
+                self._spawn(self._answer(proposal))
+            else:
+                self._propose(proposal.offer_id, proposal)
 
     def agreement_confirmed(self, agreement: Agreement) -> None:
         """Approve or reject an agreement that the requestor signed."""
         if self.agreement is not None:
             self._market.agreements.reject(agreement, f"{self.plan.name} is busy with another agreement.")
+        elif self._expires_too_soon(agreement.demand["properties"]):
+            self._market.agreements.reject(agreement, "The agreement would expire too soon.")
         elif self._fault("reject"):
             self._report(f"{self.plan.name} rejects an agreement")
             self._market.agreements.reject(agreement, f"{self.plan.name} rejects the agreement.")
@@ -156,6 +168,7 @@ class Provider:
 
     async def _serve(self, agreement: Agreement) -> None:
         if agreement.state == "Pending":
+            await asyncio.sleep(self.plan.latency_seconds)
             if slow := self._fault("slow-approval"):
                 await asyncio.sleep(slow.seconds)
             if not self._market.agreements.approve(agreement):
@@ -189,6 +202,12 @@ class Provider:
                 return
             await self._notifier.wait_until(lambda: agreement.state != "Approved", deadline - loop.time())
 
+    async def _await_acceptance(self, agreement: Agreement, note: Bill) -> None:
+        """Terminate an agreement if a debit note is not accepted in time."""
+        await asyncio.sleep(self._scenario.debit_note_accept_seconds)
+        if agreement.state == "Approved" and note.status != "ACCEPTED":
+            self._terminate(agreement, "A debit note was not accepted in time.")
+
     async def _terminate_after(self, agreement: Agreement, seconds: float) -> None:
         await asyncio.sleep(seconds)
         if agreement.state == "Approved":
@@ -208,10 +227,24 @@ class Provider:
         for demand in self._market.list_open_demands():
             self.demand_opened(demand)
 
+    async def _answer(self, proposal: Proposal) -> None:
+        await asyncio.sleep(self.plan.latency_seconds)
+        if self.agreement is None and proposal.demand_id in (
+            each.demand_id for each in self._market.list_open_demands()
+        ):
+            self._propose(proposal.offer_id, proposal)
+
+    def _expires_too_soon(self, properties: Mapping[str, Any]) -> bool:
+        expires_at = expiration(properties)
+        earliest = datetime.now(UTC) + timedelta(seconds=self._scenario.min_expiration_seconds)
+        return expires_at is not None and expires_at < earliest
+
     def _propose(self, offer_id: str, other: Demand | Proposal) -> None:
         """Propose an offer to a demand, or answer a counter-proposal with it, if it suits both sides."""
         properties = self._offers[offer_id]
         if not parse(other.constraints)(properties) or not parse(self._constraints)(other.properties):
+            return
+        if self._expires_too_soon(other.properties):
             return
         counter_id = other.proposal_id if isinstance(other, Proposal) else None
         self._market.propose(

@@ -12,13 +12,15 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from devnet.errors import Gone, NotFound, TimedOut
 from devnet.gftp import TransferFailed, deliver, fetch
+from devnet.image import Image, ImageUnusable
 from devnet.provider.fault_injection import FAULTS_BEFORE_RUN, FaultInjector
 from devnet.provider.sandbox import PathOutsideSandbox, Sandbox
 from devnet.provider.script import ALLOWED_STATES, Command, CommandFailed, OutputCapture, ScriptBatch, parse_script
@@ -43,6 +45,7 @@ class ExeUnit:
 
     :param folder: the activity's folder; made here, removed at its end.
     :param exchange: the folder that the `gftp` program shares with the daemon.
+    :param load_image: returns the image to deploy; called in a thread; raises ImageUnusable.
     :param environment: the environment of programs.
     :param cpus: the processor cores that programs may use; all if None.
     """
@@ -55,12 +58,17 @@ class ExeUnit:
         folder: Path,
         exchange: Path,
         faults: FaultSchedule,
+        load_image: Callable[[], Image],
         environment: Mapping[str, str],
         cpus: frozenset[int] | None,
     ) -> None:
         self.activity_id = activity_id
+        self._plan = plan
         self._speed = min(1.0, plan.speed)
+        #: Ends transfers.
+        self._is_over = threading.Event()
         self._exchange = exchange
+        self._load_image = load_image
         self._sandbox = Sandbox(activity_id, folder, environment=environment, cpus=cpus)
         self._fault_injector = FaultInjector(plan.name, faults)
         self.state = "Initialized"
@@ -126,6 +134,7 @@ class ExeUnit:
         return self._cleanup_task
 
     async def _clean_up(self) -> None:
+        self._is_over.set()
         self._worker.cancel()
         await asyncio.gather(self._worker, return_exceptions=True)
         self._sandbox.processes.cpu_seconds()  # measures them for the last time
@@ -155,6 +164,7 @@ class ExeUnit:
             self._terminate("Internal error of the devnet; see its log.")
 
     async def _run_batch(self, batch: ScriptBatch) -> None:
+        await asyncio.sleep(self._plan.latency_seconds)
         for index, command in enumerate(batch.commands):
             captured = command.body.get("capture") or {}
             streams = {name: OutputCapture(captured.get(name) is not None) for name in ("stdout", "stderr")}
@@ -163,7 +173,7 @@ class ExeUnit:
                 await self._run_command(command, streams)
             except CommandFailed as failure:
                 error = failure
-            except (PathOutsideSandbox, TransferFailed, OSError) as failure:
+            except (PathOutsideSandbox, TransferFailed, ImageUnusable, OSError) as failure:
                 error = CommandFailed(str(failure))
             batch.add_result(index, error, streams["stdout"].text, streams["stderr"].text)
             if error is not None:
@@ -178,6 +188,7 @@ class ExeUnit:
         if command.name == "deploy":
             if self._fault_injector.first("fail-deploy"):
                 raise CommandFailed("Fault of the scenario: fail-deploy.")
+            self._sandbox.use_image(await asyncio.to_thread(self._load_image))
             self.state = "Deployed"
         elif command.name == "start":
             self.state = "Ready"
@@ -192,12 +203,18 @@ class ExeUnit:
         if target.startswith(_CONTAINER) and not source.startswith(_CONTAINER):
             path = self._sandbox.host_path(target.removeprefix(_CONTAINER))
             path.parent.mkdir(parents=True, exist_ok=True)
-            await asyncio.to_thread(fetch, self._exchange, source, path)
+            await asyncio.to_thread(fetch, self._exchange, source, path, self._pace)
         elif source.startswith(_CONTAINER) and not target.startswith(_CONTAINER):
             path = self._sandbox.host_path(source.removeprefix(_CONTAINER))
-            await asyncio.to_thread(deliver, self._exchange, path, target)
+            await asyncio.to_thread(deliver, self._exchange, path, target, self._pace)
         else:
             raise CommandFailed(f"A transfer must have exactly one side in the container, unlike {source} -> {target}")
+
+    def _pace(self, size: int) -> None:
+        """Wait for as long as so many bytes take; called in a thread."""
+        rate = self._plan.bytes_per_second
+        if self._is_over.wait(size / rate) if rate else self._is_over.is_set():
+            raise TransferFailed("The activity has ended.")
 
     async def _run(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
         fault = self._fault_injector.first(*FAULTS_BEFORE_RUN)

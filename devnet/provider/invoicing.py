@@ -13,7 +13,7 @@ from decimal import ROUND_HALF_UP, Decimal, localcontext
 
 from devnet.payments import PaymentService
 from devnet.provider.activities import Activities
-from devnet.records import Agreement, format_amount
+from devnet.records import Agreement, Bill, format_amount
 from devnet.scenario import FaultSchedule, ProviderPlan
 
 #: The smallest amount of GLM.
@@ -47,6 +47,8 @@ class Invoicer:
     faults: FaultSchedule
     #: Receives a line of text about each invoice.
     report: Callable[[str], None]
+    #: Receives each debit note that is sent.
+    on_debit_note: Callable[[Agreement, Bill], None]
 
     def debit_note_interval_seconds(self) -> float:
         """Return the time between two debit notes of a new activity; 0 for a single one at its end."""
@@ -68,7 +70,8 @@ class Invoicer:
         usage = list(self.activities.usage(activity_id))
         amount = activity_amount(self.plan, usage, agreement.price_factor)
         is_payable = self.faults.triggers(self.plan.name, "payable-debit-note") is not None
-        self.payment.send_debit_note(agreement, activity_id, amount, usage, _due_at() if is_payable else None)
+        due_at = _due_at() if is_payable else None
+        self.on_debit_note(agreement, self.payment.send_debit_note(agreement, activity_id, amount, usage, due_at))
 
     async def send_invoice(self, agreement: Agreement) -> None:
         """Send the invoice of an agreement that has ended."""

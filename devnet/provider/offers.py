@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
-from devnet.scenario import ProviderPlan
+from devnet.scenario import ProviderPlan, Scenario
 from devnet.wallet import PLATFORMS
 
 #: The order of an activity's usage counters.
@@ -18,17 +17,17 @@ def offer_constraints(subnet: str) -> str:
     return f"(&(golem.srv.comp.expiration>0)(golem.node.debug.subnet={subnet}))"
 
 
-def offer_properties(plan: ProviderPlan, runtime: str, subnet: str) -> dict[str, Any]:
+def offer_properties(plan: ProviderPlan, runtime: str, scenario: Scenario) -> dict[str, Any]:
     """Return the properties of a provider's offer of a runtime."""
-    machine = platform.machine()
     return {
         "golem.node.id.name": plan.name,
-        "golem.node.debug.subnet": subnet,
+        "golem.node.debug.subnet": scenario.subnet,
         "golem.srv.caps.multi-activity": True,
         "golem.runtime.name": runtime,
         "golem.runtime.version": "0.4.0",
         "golem.runtime.capabilities": _CAPABILITIES.get(runtime, []),
-        "golem.inf.cpu.architecture": "aarch64" if machine == "arm64" else machine,
+        # As on the network, where the runtime for images exists for no other.
+        "golem.inf.cpu.architecture": "x86_64",
         "golem.inf.cpu.cores": plan.cores,
         "golem.inf.cpu.threads": plan.threads,
         "golem.inf.mem.gib": plan.memory_gib,
@@ -37,7 +36,7 @@ def offer_properties(plan: ProviderPlan, runtime: str, subnet: str) -> dict[str,
         "golem.com.scheme": "payu",
         "golem.com.scheme.payu.debit-note.interval-sec?": 120,
         "golem.com.scheme.payu.payment-timeout-sec?": 18000,
-        "golem.com.payment.debit-notes.accept-timeout?": 240,
+        "golem.com.payment.debit-notes.accept-timeout?": max(1, round(scenario.debit_note_accept_seconds)),
         "golem.com.pricing.model": "linear",
         # yapapi rejects integers.
         "golem.com.pricing.model.linear.coeffs": [

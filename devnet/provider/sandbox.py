@@ -1,8 +1,8 @@
 """The sandbox of an activity: a folder in the place of a provider's virtual machine, and the programs run in it.
 
-Used by `exe_unit.py`. It has the three volumes of the provider image. /golem is a folder of the activity: paths below
-it are rewritten in the arguments of a command, but not in files that were transferred; programs find the folder in
-GOLEM_DEVNET_ROOT.
+Used by `exe_unit.py`. It has the programs of the deployed image, and the three volumes of the provider image. /golem is
+a folder of the activity: paths below it are rewritten in the arguments of a command, but not in files that were
+transferred; programs find the folder in GOLEM_DEVNET_ROOT.
 
 It separates activities, but gives no security: programs run as this user, with this user's rights.
 """
@@ -20,6 +20,7 @@ import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from devnet.image import Image
 from devnet.provider.processes import ACTIVITY_VARIABLE, Processes
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Sandbox:
             (self._folder / name).mkdir(parents=True, exist_ok=True)
         self.processes = Processes(activity_id)
         self._cpus = set(cpus or ()) & os.sched_getaffinity(0)
+        self._image = Image(programs={})
         self._environment = {
             "TMPDIR": str(self._folder / "tmp"),
             # Each activity has its own warm process, as it would in its own virtual machine.
@@ -70,6 +72,12 @@ class Sandbox:
             ACTIVITY_VARIABLE: self.processes.mark,
             ROOT_VARIABLE: str(self.golem_folder),
         }
+
+    def use_image(self, image: Image) -> None:
+        """Deploy an image: from now on its programs can be run, with its models."""
+        self._image = image
+        if image.home is not None:
+            self._environment["MLG_HOME"] = image.home
 
     # Paths
 
@@ -102,12 +110,11 @@ class Sandbox:
         return _GOLEM_PATH.sub(rewrite, argument)
 
     def find_program(self, entry_point: str) -> str | None:
-        """Find a program: one that was transferred, one by its path on this machine, or one by its name on the PATH."""
+        """Find a program by its absolute path: one that was transferred, or one of the image."""
         path = self.rewrite_paths(entry_point)
-        if path != entry_point or (entry_point.startswith("/") and Path(entry_point).exists()):
+        if path != entry_point:
             return path if Path(path).exists() else None
-        # A program of the provider image, in /usr/local/bin, may be anywhere on this machine.
-        return shutil.which(posixpath.basename(entry_point), path=self._environment.get("PATH"))
+        return self._image.find_program(entry_point)
 
     def list_outputs(self) -> dict[Path, tuple[int, int, int]]:
         """Return the regular files in the output volume -> inode, time of modification and size."""

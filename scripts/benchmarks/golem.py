@@ -75,7 +75,9 @@ def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
         shell = f". {variables}; env -0"
         printed = subprocess.run(["sh", "-c", shell], capture_output=True, check=True).stdout
         found = dict(line.split("=", 1) for line in os.fsdecode(printed).split("\0") if "=" in line)
-        yield {name: found[name] for name in ("YAGNA_APPKEY", "YAGNA_API_URL", "YAGNA_SUBNET", "PATH")}
+        yield {
+            name: found[name] for name in ("YAGNA_APPKEY", "YAGNA_API_URL", "YAGNA_SUBNET", "MLG_GOLEM_IMAGE", "PATH")
+        }
 
 
 def query(home: Path, sql: str) -> list[Any]:

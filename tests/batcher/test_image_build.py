@@ -17,7 +17,7 @@ import pytest
 
 from batcher.errors import ContainerImageError
 from batcher.image_build.builder import ImageSettings, image_tag, push_image
-from batcher.image_build.lock import PublishedImage, add_to_lock, read_lock
+from batcher.image_build.lock import PublishedImage, add_to_lock, lock_file, read_lock
 from provider_image.backends.openvino import GRAPH_FILES
 from provider_image.errors import ConfigError
 from provider_image.models.artefact import find_artefact, read_artefact
@@ -61,8 +61,9 @@ elif "inspect" in words:
     if not file.exists():
         sys.exit("no such image")
     labels = json.loads(file.read_text())
-    config = {"Labels": labels}
-    print(json.dumps({"OCIv1": {"config": config}} if name == "buildah" else [{"Config": config}]))
+    config, machine = {"Labels": labels}, os.environ.get("FAKE_ARCHITECTURE", "amd64")
+    oci = {"OCIv1": {"config": config, "architecture": machine}}
+    print(json.dumps(oci if name == "buildah" else [{"Config": config, "Architecture": machine}]))
 """
 #: Prints what gvmkit-build 0.3.19 prints.
 GVMKIT = """
@@ -392,9 +393,9 @@ def test_a_custom_model_is_published_and_recorded(
     truncate(folder)  # the image is published, so a later change of the home has no effect
     machine.activate(monkeypatch)
 
-    push_image(["My pets"], ImageSettings(models=folder.parent, registry="me/mlg"), lock=tmp_path / "images.lock")
+    push_image(["My pets"], ImageSettings(models=folder.parent, registry="me/mlg"))
 
-    entry = read_lock(tmp_path / "images.lock")["my_pets"]
+    entry = read_lock(lock_file(folder.parent))["my_pets"]
     assert (entry.image, entry.digest) == ("me/mlg:my_pets", digest)
 
 
@@ -418,8 +419,11 @@ def build_and_activate(machine: Machine, patch: pytest.MonkeyPatch, **changes: s
     return find_artefact(machine.models, MODEL).digest
 
 
-SETTINGS = ImageSettings(models=Path("/nowhere"), registry="me/mlg")
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+
+
+def push_settings(home: Path) -> ImageSettings:
+    return ImageSettings(models=home / "models", registry="me/mlg")
 
 
 def published(name: str = "vgg16") -> PublishedImage:
@@ -433,7 +437,7 @@ def test_push_publishes_and_keeps_the_other_entries(
     lock = tmp_path / "images.lock"
     add_to_lock({"vgg16": published()}, lock)
 
-    push_image([MODEL], SETTINGS, lock=lock, clock=lambda: NOW)
+    push_image([MODEL], push_settings(tmp_path), clock=lambda: NOW)
 
     content = b"squashed mlg-provider:efficientnet_lite0"
     assert read_lock(lock) == {
@@ -458,6 +462,7 @@ def test_push_publishes_and_keeps_the_other_entries(
         ({"FAKE_GVMKIT": "upload"}, "push again. Its output: Error: Image upload failed with code 500"),
         ({"FAKE_GVMKIT": "no_file"}, "wrote no image file"),
         ({"FAKE_GVMKIT": "other_hash"}, "did not report that it published"),
+        ({"FAKE_ARCHITECTURE": "arm64"}, "is for arm64, but Golem's providers run amd64 only"),
     ],
 )
 def test_a_failed_push_names_the_remedy_and_does_not_change_the_lock_file(
@@ -468,7 +473,7 @@ def test_a_failed_push_names_the_remedy_and_does_not_change_the_lock_file(
     add_to_lock({"vgg16": published()}, lock)
 
     with pytest.raises(ContainerImageError, match=expected):
-        push_image([MODEL], SETTINGS, lock=lock)
+        push_image([MODEL], push_settings(tmp_path))
 
     assert read_lock(lock) == {"vgg16": published()}
 
@@ -479,9 +484,9 @@ def test_pushing_an_image_that_was_not_built_names_the_build_command(
     build_and_activate(machine, monkeypatch)
 
     with pytest.raises(ContainerImageError, match=r"no image mlg-provider:vgg16\. Build it first: mlg image build"):
-        push_image(["vgg16"], SETTINGS, lock=tmp_path / "images.lock")
+        push_image(["vgg16"], push_settings(tmp_path))
     with pytest.raises(ContainerImageError, match="do not name the model vgg16"):
-        push_image(["vgg16"], SETTINGS, tag=f"mlg-provider:{MODEL}", lock=tmp_path / "images.lock")
+        push_image(["vgg16"], push_settings(tmp_path), tag=f"mlg-provider:{MODEL}")
 
 
 @pytest.mark.parametrize(

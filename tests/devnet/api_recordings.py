@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 
 from batcher.executors.golem.yapapi_adapter import OWNER
-from devnet.api.application import ApiCall
+from devnet.api.application import IMAGE_PATH, ApiCall
 from devnet.daemon import Devnet
 from devnet.scenario import Fault, default_scenario
 from store.ledger import AllocationRecord
@@ -201,7 +201,7 @@ def _routes(devnet: Devnet) -> set[str]:
     return {
         f"{route.method} {without_parameter_names(route.resource.canonical)}"
         for route in devnet._runner.app.router.routes()
-        if route.method != "HEAD" and route.resource is not None
+        if route.method != "HEAD" and route.resource is not None and route.resource.canonical != IMAGE_PATH
     }
 
 

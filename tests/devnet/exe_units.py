@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from devnet.gftp import write_program
+from devnet.image import Image
 from devnet.provider.exe_unit import ExeUnit
 from devnet.scenario import Fault, FaultSchedule, ProviderPlan
 
 BOOT_COMMANDS: list[dict[str, Any]] = [{"deploy": {}}, {"start": {"args": []}}]
 STREAM = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}
+#: An image with nothing but the system.
+SYSTEM_IMAGE = Image(programs={})
 #: A command that creates the file `begun` and never ends.
 FOREVER = "touch /golem/work/begun; while :; do sleep 60; done"
 
@@ -82,6 +85,7 @@ async def exe_unit(
     *faults: Fault,
     shared_faults: FaultSchedule | None = None,
     environment: dict[str, str] | None = None,
+    image: Image = SYSTEM_IMAGE,
     cpus: frozenset[int] | None = None,
     activity_id: str = "activity",
     is_started: bool = True,
@@ -94,6 +98,7 @@ async def exe_unit(
         folder=folder / activity_id,
         exchange=folder / "exchange",
         faults=shared_faults or FaultSchedule({"alpha": faults}),
+        load_image=lambda: image,
         environment=environment or {"PATH": os.defpath},
         cpus=cpus,
     )

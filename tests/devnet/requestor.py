@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -26,7 +27,8 @@ def in_hours(hours: float) -> str:
 
 def single_provider(*faults: Fault, daemon: tuple[Fault, ...] = (), **fields: Any) -> Scenario:
     """Make a scenario of one provider with faults. Other fields belong to the provider or the scenario."""
-    scenario_fields = {key: fields.pop(key) for key in ("funds", "idle_seconds", "silent_seconds") if key in fields}
+    names = {each.name for each in dataclasses.fields(Scenario)}
+    scenario_fields = {key: fields.pop(key) for key in sorted(names & fields.keys())}
     return Scenario(providers=(ProviderPlan(name="alpha", faults=faults, **fields),), faults=daemon, **scenario_fields)
 
 

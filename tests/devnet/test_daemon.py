@@ -72,7 +72,7 @@ async def test_a_restarted_daemon_has_its_state(requestor: RequestorRunner, tmp_
         activity_id = await client.activity(agreement_id)
         await client.results(activity_id, await client.execute(activity_id))
         pid_file = tmp_path / "pid"
-        batch_id = await client.execute(activity_id, run_command("sh", "-c", f"echo $$ > {pid_file}; sleep 60"))
+        batch_id = await client.execute(activity_id, run_command("/bin/sh", "-c", f"echo $$ > {pid_file}; sleep 60"))
         await until(lambda: pid_file.exists() and pid_file.read_text().strip())
         url = devnet.url
 
@@ -215,7 +215,7 @@ def test_the_command_writes_its_env_file_when_ready_and_ends_cleanly(tmp_path: P
 
     assert "alpha, beta" in ready
     assert program.returncode == 0, errors
-    assert out == shown and out.count("export ") == 4
+    assert out == shown and out.count("export ") == 5
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert found.stdout.split() == [str(tmp_path / "state.json.d" / "bin" / "gftp"), "mine"]
     assert list(temporary.iterdir()) == []

@@ -265,14 +265,22 @@ def test_a_transfer_with_an_unknown_url_or_in_the_wrong_direction_fails(
     assert (tmp_path / "received").read_bytes() == b""
 
 
-def test_a_failed_transfer_leaves_the_target_unchanged(tmp_path: Path) -> None:
-    target = make_file(tmp_path, b"before", "target")
+def test_a_failed_transfer_leaves_the_part_that_arrived(tmp_path: Path) -> None:
+    source, target = make_file(tmp_path, b"x" * 200_000), make_file(tmp_path, b"before", "target")
+    sizes = []
 
+    def pace(size: int) -> None:
+        sizes.append(target.stat().st_size)
+        if len(sizes) == 3:
+            raise TransferFailed("The line is cut.")
+
+    with pytest.raises(TransferFailed, match="cut"):
+        copy_file(source, target, pace)
+
+    assert sizes == sorted(set(sizes)) and sizes[0] == 0
+    assert target.read_bytes() == b"x" * sizes[-1] and sizes[-1] < 200_000
     with pytest.raises(OSError):
         copy_file(tmp_path, target)  # a folder cannot be read
-
-    assert target.read_bytes() == b"before"
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_zeros_are_copied_as_holes(tmp_path: Path) -> None:

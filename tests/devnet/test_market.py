@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -73,8 +74,32 @@ async def test_a_demand_expires(requestor: RequestorRunner) -> None:
         assert (await client.request("GET", f"{MARKET}/demands/{demand_id}/events", timeout=30))[0] == 404
 
 
-async def test_an_agreement_ends_when_its_demand_expires(requestor: RequestorRunner) -> None:
+async def test_a_provider_refuses_what_expires_within_five_minutes(requestor: RequestorRunner) -> None:
     async with requestor(single_provider()) as client:
+        soon = {"golem.srv.comp.expiration": int((time.time() + 290) * 1000)}
+        assert await client.proposals(await client.subscribe(**soon), seconds=0) == []
+
+        draft = await client.draft(await client.subscribe())
+        (provider,) = client.devnet.market.providers.values()
+        provider._scenario = replace(provider._scenario, min_expiration_seconds=4000.0)
+        agreement_id = await client.propose_agreement(draft)
+        assert (await client.request("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=30))[0] == 410
+        assert client.devnet.market.agreements[agreement_id].state == "Rejected"
+
+
+async def test_a_distant_provider_answers_later(requestor: RequestorRunner) -> None:
+    async with requestor(single_provider(latency_seconds=0.2)) as client:
+        demand_id = await client.subscribe()
+        started_at = time.monotonic()
+        agreement_id = await client.agree(demand_id)  # the draft, and the approval
+        assert time.monotonic() - started_at >= 0.4
+        activity_id = await client.activity(agreement_id)
+        await client.results(activity_id, await client.execute(activity_id))
+        assert time.monotonic() - started_at >= 0.6
+
+
+async def test_an_agreement_ends_when_its_demand_expires(requestor: RequestorRunner) -> None:
+    async with requestor(single_provider(min_expiration_seconds=0.0)) as client:
         soon = int((time.time() + 0.5) * 1000)
         agreement_id = await client.agree(await client.subscribe(**{"golem.srv.comp.expiration": soon}))
         activity_id = await client.activity(agreement_id)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from decimal import Decimal
 
 import pytest
 
 from devnet.provider.invoicing import activity_amount
+from devnet.records import format_amount
 from devnet.scenario import Fault
 from tests.devnet.requestor import PAYMENT, PLATFORM, Requestor, RequestorRunner, single_provider
 from tests.devnet.running import paid
-from tests.timing import until
+from tests.timing import slowness, until
 
 
 async def test_an_allocation_reserves_funds_until_it_is_released(requestor: RequestorRunner) -> None:
@@ -208,3 +210,32 @@ async def test_a_provider_bills_late_or_never(requestor: RequestorRunner) -> Non
         assert await client.invoice(seconds=0) is None
         invoice = await client.invoice()
         assert invoice is not None and invoice["agreementId"] == second
+
+
+@pytest.mark.parametrize("is_accepted", [False, True])
+async def test_an_agreement_ends_if_a_debit_note_is_not_accepted_in_time(
+    is_accepted: bool, requestor: RequestorRunner
+) -> None:
+    plan = single_provider(debit_note_seconds=0.1, debit_note_accept_seconds=1.5 * slowness())
+    async with requestor(plan) as client:
+        agreement_id = await client.agree(await client.subscribe())
+        activity_id = await client.activity(agreement_id)
+        agreement, notes = client.devnet.market.agreements[agreement_id], client.devnet.payment.debit_notes
+        accepted: set[str] = set()
+
+        async def accept_all() -> bool:
+            for note in list(notes.values()):
+                if is_accepted and note.bill_id not in accepted:
+                    accepted.add(note.bill_id)
+                    await client.accept("debitNotes", note.bill_id, format_amount(note.amount))
+            return agreement.state == "Terminated"
+
+        deadline = time.monotonic() + (4 * plan.debit_note_accept_seconds if is_accepted else 120)
+        while not await accept_all() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+        if is_accepted:
+            assert agreement.state == "Approved" and len(accepted) > 3
+        else:
+            assert agreement.reason == {"message": "A debit note was not accepted in time."}
+            await until(lambda: client.devnet.activities.reason(activity_id))

@@ -40,7 +40,7 @@ async def main(folder: Path) -> None:
 
     async with Golem(budget=Decimal("1"), subnet_tag="devnet") as golem:
         tasks = [Task(data=number) for number in range(6)]
-        limit = timedelta(minutes=2)
+        limit = timedelta(minutes=10)  # providers refuse less than five
         async for task in golem.execute_tasks(worker, tasks, payload=Mlg(), max_workers=3, timeout=limit):
             answers[str(task.data)] = str(task.result)
     sys.stdout.write(json.dumps({"answers": answers, "providers": sorted(providers)}) + "\n")

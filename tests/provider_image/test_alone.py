@@ -31,7 +31,7 @@ sys.exit(main())
 def package(tmp_path):
     """A copy of the package as the provider image has it."""
     folder = tmp_path / "opt" / "provider_image"
-    ignored = shutil.ignore_patterns("__pycache__", "compiler", "Dockerfile", "images.lock", "mlg-provider")
+    ignored = shutil.ignore_patterns("__pycache__", "compiler", "Dockerfile", "mlg-provider")
     shutil.copytree(ROOT / "provider_image", folder, ignore=ignored)
     return folder
 

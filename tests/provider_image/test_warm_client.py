@@ -77,6 +77,16 @@ def test_run_answers_and_a_second_run_finds_the_warm_process(tmp_path, chunk, ru
     assert second_load == 0
 
 
+def test_a_run_limits_its_warm_process_to_as_many_cores_as_threads(tmp_path, chunk, runtime_folder, models_folder):
+    options = ("--models", models_folder, "--place", runtime_folder, "--threads", "1")
+
+    done = command("run", chunk, tmp_path / "r.zip", *options)
+    (pid,) = warm_pids(runtime_folder)
+
+    assert done.returncode == 0
+    assert len(os.sched_getaffinity(pid)) == 1 and os.sched_getaffinity(pid) <= os.sched_getaffinity(0)
+
+
 def test_runs_at_once_share_one_warm_process(tmp_path, chunk, runtime_folder, models_folder):
     options = ("--models", models_folder, "--place", runtime_folder)
     started = [

@@ -16,9 +16,13 @@ from provider_image.errors import MlgError
 _MODEL = "golem.com.pricing.model"
 _COEFFICIENTS = "golem.com.pricing.model.linear.coeffs"
 _COUNTERS = "golem.com.usage.vector"
-_THREADS = "golem.inf.cpu.threads"
 _NAME = "golem.node.id.name"
 _CPU, _DURATION = "golem.usage.cpu_sec", "golem.usage.duration_sec"
+
+
+#: Threads of a provider that a chunk uses, whatever the provider has. `worker.py` asks for so many, and
+#: `mlg-provider` limits itself to so many cores, so that prices and bills can be compared with it.
+THREADS = 1
 
 
 class BadOffer(MlgError):
@@ -35,8 +39,6 @@ class Price:
     cpu_second: Decimal
     #: GLM per second of running time, idle or not.
     second: Decimal
-    #: Threads of the provider: the most CPU seconds that can be billed per second.
-    threads: int = 1
 
     @classmethod
     def from_offer(cls, properties: Mapping[str, Any]) -> Price:
@@ -47,7 +49,6 @@ class Price:
             counters = list(properties[_COUNTERS])
             *by_counter, start = (Decimal(str(each)) for each in properties[_COEFFICIENTS])
             prices = dict(zip(counters, by_counter, strict=True))
-            threads = max(1, int(properties.get(_THREADS, 1)))
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise BadOffer(f"The prices of the offer cannot be read: {type(error).__name__} {error}.") from error
         unknown = [name for name, price in prices.items() if name not in (_CPU, _DURATION) and price]
@@ -57,7 +58,6 @@ class Price:
             start=start,
             cpu_second=prices.get(_CPU, Decimal(0)),
             second=prices.get(_DURATION, Decimal(0)),
-            threads=threads,
         )
         if not all(each.is_finite() and each >= 0 for each in (found.start, found.cpu_second, found.second)):
             raise BadOffer("The offer has negative prices.")
@@ -65,12 +65,12 @@ class Price:
 
     @property
     def max_cost_per_second(self) -> Decimal:
-        """GLM per second with all threads busy: no correct invoice is higher."""
-        return self.second + self.cpu_second * self.threads
+        """GLM per second with the threads of a chunk busy: no correct invoice is higher."""
+        return self.second + self.cpu_second * THREADS
 
     @property
     def per_hour(self) -> Decimal:
-        """GLM per hour with all threads busy, the start not counted."""
+        """GLM per hour with the threads of a chunk busy, the start not counted."""
         return 3600 * self.max_cost_per_second
 
     def max_cost(self, seconds: float) -> Decimal:

@@ -193,12 +193,7 @@ class ProviderRecords:
             return "did not sign recently"
         if price is None:
             return "with unreadable prices"
-        settings = self._settings
-        if settings.max_price_start is not None and price.start > settings.max_price_start:
-            return f"above {settings.max_price_start} GLM per start (MLG_MAX_PRICE_START)"
-        if settings.max_price_hour is not None and price.per_hour > settings.max_price_hour:
-            return f"above {settings.max_price_hour} GLM per hour (MLG_MAX_PRICE_HOUR)"
-        return None
+        return self._settings.price_rejection(price)
 
     def unavailable_reason(self, model: str) -> str:
         """Return, in a sentence, why no provider works on a model, and what to do."""

@@ -100,8 +100,7 @@ class Session:
             url = api_config.api_url
             await self._stop()
             raise GolemUnavailable(
-                f"The Golem daemon at {url} cannot be used: {explain(error)}. "
-                "Check that it runs (yagna service run) and has funds (yagna payment status)."
+                f"The Golem daemon at {url} cannot be used: {explain(error)}. To find the cause, run: mlg golem check"
             ) from error
         engine = self.engine
         shield_file_server(engine)

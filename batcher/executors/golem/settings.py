@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+from batcher.executors.golem.offers import Price
+from batcher.image_build.lock import ImageAddress
 from provider_image.environment import Settings, setting
 from provider_image.errors import ConfigError
 
@@ -23,6 +25,16 @@ def _amount(variable: str, text: str) -> Decimal | None:
     if not amount.is_finite() or amount < 0:
         raise ConfigError(f"{variable} is {text}, which is not an amount. Use for example 0.5, or none.")
     return amount
+
+
+def _image(variable: str, text: str) -> ImageAddress:
+    try:
+        return ImageAddress.from_text(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{variable}={text!r} does not have the form HASH@URL: the SHA3-224 of the image file, 56 hexadecimal "
+            "digits in lower case, and an address that begins with http:// or https://."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +56,7 @@ class GolemSettings(Settings):
     budget_day: Decimal | None = setting("MLG_BUDGET_DAY", Decimal(1), parse=_amount)
     #: Most that all batchers of this home may spend in total. MLG_BUDGET_TOTAL. Defaults to none.
     budget_total: Decimal | None = setting("MLG_BUDGET_TOTAL", None, parse=_amount)
-    #: Offers above this price per hour, with all threads busy, are rejected. MLG_MAX_PRICE_HOUR. Defaults to 0.5.
+    #: Offers above this price per hour, with one thread busy, are rejected. MLG_MAX_PRICE_HOUR. Defaults to 0.5.
     max_price_hour: Decimal | None = setting("MLG_MAX_PRICE_HOUR", Decimal("0.5"), parse=_amount)
     #: Offers above this price per start are rejected. MLG_MAX_PRICE_START. Defaults to 0.01.
     max_price_start: Decimal | None = setting("MLG_MAX_PRICE_START", Decimal("0.01"), parse=_amount)
@@ -61,8 +73,9 @@ class GolemSettings(Settings):
     rental_seconds: float = setting("MLG_GOLEM_RENTAL_SECONDS", 10800.0, minimum=60, maximum=17000)
     #: Seconds that an idle worker is kept at most. MLG_GOLEM_IDLE_SECONDS. Defaults to 60.
     idle_seconds: float = setting("MLG_GOLEM_IDLE_SECONDS", 60.0, minimum=0, maximum=3600)
-    #: Seconds that a chunk waits for a provider before it is released. MLG_GOLEM_OFFER_SECONDS. Defaults to 120.
-    offer_seconds: float = setting("MLG_GOLEM_OFFER_SECONDS", 120.0, minimum=1, maximum=86400)
+    # A daemon that has just started needs minutes to hear of offers.
+    #: Seconds that a chunk waits for a provider before it is released. MLG_GOLEM_OFFER_SECONDS. Defaults to 300.
+    offer_seconds: float = setting("MLG_GOLEM_OFFER_SECONDS", 300.0, minimum=1, maximum=86400)
     #: Seconds that a provider is banned after its first failure; doubles with each.
     #: MLG_GOLEM_BAN_SECONDS. Defaults to 900.
     ban_seconds: float = setting("MLG_GOLEM_BAN_SECONDS", 900.0, minimum=1, maximum=604800)
@@ -70,11 +83,22 @@ class GolemSettings(Settings):
     attempts: int = setting("MLG_GOLEM_ATTEMPTS", 3, minimum=1, maximum=10)
     #: Seconds that a batcher waits for the last invoices when it stops. MLG_GOLEM_SETTLE_SECONDS. Defaults to 8.
     settle_seconds: float = setting("MLG_GOLEM_SETTLE_SECONDS", 8.0, minimum=0, maximum=600)
-    #: Runtime of providers with built-in models; used for models without a published container image.
-    #: MLG_GOLEM_RUNTIME. Defaults to mlg.
-    runtime: str = setting("MLG_GOLEM_RUNTIME", "mlg")
+    #: The container image for all models, HASH@URL, in place of those that `mlg image push` recorded in images.lock.
+    #: MLG_GOLEM_IMAGE. Defaults to none.
+    image: ImageAddress | None = setting("MLG_GOLEM_IMAGE", None, parse=_image)
+    #: Runtime of providers with built-in models, for models without a container image.
+    #: MLG_GOLEM_RUNTIME. Defaults to none.
+    runtime: str | None = setting("MLG_GOLEM_RUNTIME", None, parse=lambda _, text: text)
     #: Registry of published container images. MLG_GOLEM_REGISTRY. Defaults to https://registry.golem.network.
     registry: str = setting("MLG_GOLEM_REGISTRY", "https://registry.golem.network")
+
+    def price_rejection(self, price: Price) -> str | None:
+        """Return why an offer is rejected for its price, in words that fit after "2 providers"; None if it is not."""
+        if self.max_price_start is not None and price.start > self.max_price_start:
+            return f"above {self.max_price_start} GLM per start (MLG_MAX_PRICE_START)"
+        if self.max_price_hour is not None and price.per_hour > self.max_price_hour:
+            return f"above {self.max_price_hour} GLM per hour (MLG_MAX_PRICE_HOUR)"
+        return None
 
     @property
     def caps(self) -> dict[str, Decimal]:

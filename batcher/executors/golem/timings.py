@@ -53,9 +53,10 @@ class GolemTimings:
 
     #: Time to collect offers after the first, so that the best is taken.
     collect_offers_seconds: float = 1.0
-    #: A demand that brings no worker for this long, though one is needed, is published again: otherwise providers that
-    #: were rejected, banned or busy make no new offer.
-    stale_demand_seconds: float = 20.0
+    #: A demand that brings no worker and no negotiation for this long, though a worker is needed, is published again:
+    #: otherwise providers that were rejected or banned make no new offer. Longer each time, until there is a worker:
+    #: publishing ends the negotiations under way, and a distant provider is slow.
+    stale_demand_backoff: Backoff = Backoff(first_seconds=20.0, max_seconds=120.0)
     #: Pauses after a demand failed.
     search_backoff: Backoff = Backoff(first_seconds=0.5, max_seconds=15.0)
     #: Providers refuse an agreement that would expire sooner than this.
@@ -86,7 +87,7 @@ class GolemTimings:
     #: A chunk that takes this many times its expected duration, plus some seconds, gets a second attempt.
     straggler_factor: float = 3.0
     straggler_grace_seconds: float = 2.0
-    #: The slowest transfer that is waited for, in bytes per second.
+    #: The slowest transfer that is waited for, in bytes per second; the time for it is added to all others.
     min_bytes_per_second: float = 200_000.0
 
     # Bills
@@ -130,19 +131,20 @@ class GolemTimings:
         until_ready = max(self.min_agreement_seconds, start_seconds + self.overtime_seconds)
         return self.signing_seconds + until_ready + chunk_seconds + self.overtime_seconds
 
-    def chunk_limit(self, max_seconds: float) -> float:
-        """Return the most that a chunk may take, whatever the operator allows: it must fit into an agreement."""
-        return min(max_seconds, self.max_agreement_seconds / 2)
-
     def chunk_timeout(
         self, *, items: int, size_bytes: int, images_per_second: float | None, max_seconds: float
     ) -> float:
-        """Return how long a chunk may take, transfer included; `max_seconds` if the speed is unknown."""
-        max_seconds = self.chunk_limit(max_seconds)
-        if images_per_second is None or images_per_second <= 0:
-            return max_seconds
+        """Return how long a chunk may take, transfer included.
+
+        :param images_per_second: None if unknown.
+        :param max_seconds: the most that it may take without the transfer.
+        """
         transfer = size_bytes / self.min_bytes_per_second
-        return min(max_seconds, self.timeout_grace_seconds + self.timeout_factor * items / images_per_second + transfer)
+        if images_per_second is not None and images_per_second > 0:
+            expected = self.timeout_grace_seconds + self.timeout_factor * items / images_per_second
+            max_seconds = min(max_seconds, expected)
+        # Whatever the operator allows, it must fit into an agreement.
+        return min(transfer + max_seconds, self.max_agreement_seconds / 2)
 
     def straggler_seconds(self, *, items: int, images_per_second: float | None) -> float:
         """Return after how long an idle worker may try a chunk too; infinite if the speed is unknown."""

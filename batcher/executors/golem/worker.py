@@ -21,6 +21,7 @@ from batcher.errors import BudgetReached, GolemUnavailable, UntrueResults
 from batcher.executors import AttemptBill, Outcome
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.money import Reservation
+from batcher.executors.golem.offers import THREADS
 from batcher.executors.golem.timings import idle_seconds
 from batcher.executors.golem.yapapi_adapter import explain, stop_receiving
 from provider_image.errors import ChunkTimeout, MalformedResults, MlgError, WorkerDied
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 _CHUNK, _RESULTS = "/golem/input/chunk.zip", "/golem/output/results.zip"
 #: A larger results file is rejected.
 _MAX_RESULTS_BYTES = 64 * 1024 * 1024
+_COPY_BYTES = 1024 * 1024
 #: Limit for attempts of any kind, those that failed through this machine or the daemon included.
 _MAX_ATTEMPTS = 10
 #: How long a call that hangs is waited for when the worker ends.
@@ -284,7 +286,7 @@ class GolemWorker:
         left = (self._deadline or time.monotonic()) - time.monotonic()
         script = self._yapapi_context.new_script(timeout=timedelta(seconds=max(0.1, left)))
         script.upload_file(str(queued_job.job.chunk), _CHUNK)
-        script.run("/usr/local/bin/mlg-provider", "run", _CHUNK, _RESULTS)
+        script.run("/usr/local/bin/mlg-provider", "run", _CHUNK, _RESULTS, "--threads", str(THREADS))
         script.download_file(_RESULTS, str(received))
         return script
 
@@ -392,19 +394,29 @@ class GolemWorker:
 def _accept_results(received: Path, queued_job: QueuedJob) -> int:
     """Check a downloaded results file and move it to its place. :raises MlgError: it does not answer this chunk.
 
+    A copy is checked: gftp may still write what the provider sent at the end of the transfer.
+
     :return: the number of items that it answers.
     """
-    _check_size(received)
-    images = queued_job.job.items if queued_job.job.check is None else queued_job.job.check(received)
-    if not queued_job.outcome.done():  # otherwise another attempt was faster
-        received.replace(queued_job.job.results)
+    size = _check_size(received)
+    copy = received.with_name(f"copy-{received.name}")
+    try:
+        with received.open("rb") as source, copy.open("wb") as target:
+            for _ in range(0, size, _COPY_BYTES):
+                target.write(source.read(_COPY_BYTES))
+        images = queued_job.job.items if queued_job.job.check is None else queued_job.job.check(copy)
+        if not queued_job.outcome.done():  # otherwise another attempt was faster
+            copy.replace(queued_job.job.results)
+    finally:
+        copy.unlink(missing_ok=True)
     return images
 
 
-def _check_size(received: Path) -> None:
+def _check_size(received: Path) -> int:
     size = received.stat().st_size
     if size > _MAX_RESULTS_BYTES:
         raise MalformedResults(f"The results file has {size} bytes, more than the {_MAX_RESULTS_BYTES} allowed.")
+    return size
 
 
 def _classify_error(error: Exception, what: str) -> AttemptFailure:

@@ -85,6 +85,10 @@ class WorkerPool:
         self._wanted_since: float | None = None
         #: Whether providers may offer again that were rejected before.
         self._is_search_stale = False
+        #: When a provider was last heard of in a negotiation, and how often the demand was published again since the
+        #: last agreement.
+        self._negotiated_at = 0.0
+        self._restarts = 0
         self._is_closing = False
         #: Reserved for the agreement that is being made; None when none is.
         self._hire: Reservation | None = None
@@ -122,8 +126,11 @@ class WorkerPool:
         if len(current) < len(self.workers) and not may_replace:
             return
         self._wanted_since = self._wanted_since or now
-        if self._is_search_stale or now - self._wanted_since > self._timings.stale_demand_seconds:
+        quiet_seconds = now - max(self._wanted_since, self._negotiated_at)
+        is_quiet = quiet_seconds > self._timings.stale_demand_backoff.after(self._restarts + 1)
+        if self._is_search_stale or is_quiet:
             self._is_search_stale, self._wanted_since = False, now
+            self._restarts += is_quiet
             self._search_task.cancel()
         if not self.is_starting() and self._has_offers(now):
             self._start_task = asyncio.create_task(self._start_worker())
@@ -257,7 +264,10 @@ class WorkerPool:
     def _on_event(self, name: str, event_fields: dict[str, Any]) -> None:
         if name == "SubscriptionCreated":
             self.session.subscription_models[event_fields["subscription"].id] = self.model
+        elif name in ("ProposalResponded", "ProposalConfirmed", "AgreementCreated"):
+            self._negotiated_at = time.monotonic()
         elif name == "AgreementConfirmed":
+            self._restarts = 0
             self._commit(event_fields["agreement"])
         elif name == "AgreementTerminated":
             agreement_id = event_fields["agreement"].id

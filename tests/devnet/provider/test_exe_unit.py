@@ -195,6 +195,24 @@ async def test_files_are_transferred_in_both_directions(tmp_path: Path) -> None:
     assert (tmp_path / "got").read_bytes() == b"there and back"
 
 
+async def test_a_slow_transfer_arrives_in_parts_and_ends_with_the_activity(tmp_path: Path) -> None:
+    gftp, target = GftpProcess(tmp_path), tmp_path / "received"
+    url = gftp.receive(target)
+    async with exe_unit(tmp_path, bytes_per_second=640 * 1024.0) as unit:
+        await run_batch(unit, sh("head -c 100000000 /dev/urandom > /golem/output/large"))
+        batch = await unit.execute([transfer("container:/golem/output/large", url)])
+        await until(lambda: target.stat().st_size > 0)
+        first_size = target.stat().st_size
+        await until(lambda: target.stat().st_size > first_size)
+        assert await unit.results(batch, 0) == []
+
+        await unit.end()
+        last_size = target.stat().st_size
+        assert first_size < last_size < 100_000_000
+    gftp.end()
+    assert target.stat().st_size == last_size
+
+
 async def test_a_failed_transfer_has_a_message(tmp_path: Path) -> None:
     (tmp_path / "sent").write_bytes(b"bytes")
     gftp = GftpProcess(tmp_path)

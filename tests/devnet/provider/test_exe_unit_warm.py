@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from devnet.image import Image
 from devnet.scenario import Fault
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import MalformedResults
@@ -19,13 +20,12 @@ MODEL = "efficientnet_lite0"
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment in which `mlg-provider` runs this checkout."""
-    program = tmp_path / "bin/mlg-provider"
-    program.parent.mkdir()
+def image(tmp_path: Path, models_folder: Path) -> Image:
+    """An image in which `mlg-provider` runs this checkout."""
+    program = tmp_path / "mlg-provider"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m provider_image "$@"\n')
     program.chmod(0o755)
-    return child_environment({**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"})
+    return Image(programs={"/usr/local/bin/mlg-provider": str(program)}, home=str(models_folder))
 
 
 @pytest.fixture
@@ -36,12 +36,11 @@ def photo_chunk(tmp_path: Path, photos: dict[str, bytes]) -> Path:
 
 
 async def test_the_warm_process_is_kept_is_measured_and_ends_with_the_activity(
-    tmp_path: Path, environment: dict[str, str], photo_chunk: Path, models_folder: Path
+    tmp_path: Path, image: Image, photo_chunk: Path, models_folder: Path
 ) -> None:
     gftp = GftpProcess(tmp_path)
     source = gftp.publish(photo_chunk)
     targets = [gftp.receive(tmp_path / f"results-{number}.zip") for number in range(2)]
-    # The path in the provider image; the sandbox finds the program on the PATH.
     work = run(
         "/usr/local/bin/mlg-provider",
         *("run", "/golem/input/chunk.zip", "/golem/output/results.zip"),
@@ -49,10 +48,11 @@ async def test_the_warm_process_is_kept_is_measured_and_ends_with_the_activity(
     )
     up = transfer(source, "container:/golem/input/chunk.zip")
     down = "container:/golem/output/results.zip"
+    environment = child_environment(dict(os.environ))
     core = frozenset([max(os.sched_getaffinity(0))])
 
     faults = (Fault(kind="wrong-digest", after=1),)
-    async with exe_unit(tmp_path, *faults, environment=environment, cpus=core) as unit:
+    async with exe_unit(tmp_path, *faults, environment=environment, image=image, cpus=core) as unit:
         first = await run_batch(unit, up, work, transfer(down, targets[0]))
         assert [result["result"] for result in first] == ["Ok"] * 3, first
         [warm] = unit._sandbox.processes.pids()

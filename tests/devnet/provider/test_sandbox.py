@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from devnet.image import Image
 from devnet.provider.sandbox import CANNOT_RUN, NOT_FOUND, PathOutsideSandbox, Sandbox
 from devnet.provider.script import OutputCapture
 from tests.process_tree import is_alive
@@ -18,7 +19,14 @@ from tests.timing import wait_until
 
 @pytest.fixture
 def sandbox(tmp_path: Path) -> Sandbox:
-    return Sandbox("activity", tmp_path / "vm", environment={"PATH": os.defpath}, cpus=None)
+    return make_sandbox(tmp_path / "vm")
+
+
+def make_sandbox(folder: Path, cpus: set[int] | None = None) -> Sandbox:
+    """Make a sandbox with an image in which there is also this Python."""
+    sandbox = Sandbox("activity", folder, environment={"PATH": os.defpath}, cpus=cpus)
+    sandbox.use_image(Image(programs={sys.executable: sys.executable}))
+    return sandbox
 
 
 class Output:
@@ -121,19 +129,18 @@ def test_a_program_has_no_input_and_only_the_given_environment(sandbox: Sandbox)
     assert output.err == b"none\n"
 
 
-def test_a_program_of_the_provider_image_is_found_on_the_path(tmp_path: Path) -> None:
-    program = tmp_path / "bin/mlg-something"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho found $1")
+async def test_only_programs_of_the_image_are_found_and_only_by_their_path(sandbox: Sandbox, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\necho "found $1 in $MLG_HOME"')
     program.chmod(0o755)
-    environment = {"PATH": f"{program.parent}:{os.defpath}"}
+    sandbox.use_image(Image(programs={"/usr/local/bin/mlg-something": str(program)}, home="/the/image"))
 
-    for entry_point in ("/usr/local/bin/mlg-something", "mlg-something"):
-        status, output = run_once(
-            Sandbox("activity", tmp_path / "vm", environment=environment, cpus=None), entry_point, "it"
-        )
+    status, output = await run(sandbox, "/usr/local/bin/mlg-something", "it")
 
-        assert (status, output.out) == (0, b"found it\n")
+    assert (status, output.out) == (0, b"found it in /the/image\n")
+    for entry_point in ("mlg-something", "sh", "/usr/local/bin/mlg-other", str(program), "/bin/../bin/sh"):
+        assert (await run(sandbox, entry_point))[0] == NOT_FOUND, entry_point
+    await sandbox.remove()
 
 
 async def test_a_transferred_program_is_not_searched_on_the_path(sandbox: Sandbox) -> None:
@@ -172,7 +179,7 @@ def test_a_run_does_not_wait_for_processes_left_behind(sandbox: Sandbox) -> None
 
 def test_programs_use_the_cores_of_their_provider(tmp_path: Path) -> None:
     own_cores = os.sched_getaffinity(0)
-    sandbox = Sandbox("activity", tmp_path / "vm", environment={}, cpus={min(own_cores), 4711})
+    sandbox = make_sandbox(tmp_path / "vm", {min(own_cores), 4711})
 
     _, output = run_once(sandbox, sys.executable, "-c", "import os; print(os.sched_getaffinity(0))")
 
@@ -242,7 +249,7 @@ def test_time_of_a_child_that_was_waited_for_is_not_counted_twice(sandbox: Sandb
 
 
 def test_the_processes_of_another_activity_are_not_killed(sandbox: Sandbox, tmp_path: Path) -> None:
-    other = Sandbox("activity", tmp_path / "other", environment={"PATH": os.defpath}, cpus=None)
+    other = make_sandbox(tmp_path / "other")
 
     async def steps() -> None:
         await run(sandbox, "/bin/sh", "-c", "setsid sleep 60 &")

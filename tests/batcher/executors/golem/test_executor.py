@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -13,24 +11,20 @@ from typing import Any
 
 import pytest
 
-from batcher.errors import GolemUnavailable
+from batcher.backoff import Backoff
 from batcher.executors.fallback import FallbackExecutor
-from batcher.executors.golem import executor, payload
+from batcher.executors.golem import executor
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import home_tag, is_tagged, tagged
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timings import GolemTimings
-from batcher.image_build.lock import PublishedImage
 from provider_image.errors import ConfigError
-from provider_image.models.artefact import find_artefact
 from store.store import Store
 from tests.batcher.executors.test_fallback import Member
 from tests.contexts import make_context
 from tests.golem import MODEL, golem, make_executor, provider, scenario
-from tests.timing import until
-
-HASH = "ab" * 28
+from tests.timing import slowness, until
 
 
 def test_chunks_are_answered_and_all_costs_are_in_the_ledger(tmp_path: Path, models_folder: Path) -> None:
@@ -116,7 +110,7 @@ def test_a_provider_whose_ban_ended_while_nothing_was_wanted_is_asked_as_soon_as
 ) -> None:
     async def main() -> None:
         # Only because of the ban is the demand published again.
-        timings = GolemTimings(refresh_seconds=0.1, stale_demand_seconds=1e9)
+        timings = GolemTimings(refresh_seconds=0.1, stale_demand_backoff=Backoff(first_seconds=1e9, max_seconds=1e9))
         async with golem(scenario(provider("alpha")), tmp_path, models_folder, timings=timings) as harness:
             records = harness.executor._parts.provider_records
             alpha = provider("alpha").node_id
@@ -180,78 +174,24 @@ def test_a_model_whose_image_is_looked_up_does_not_delay_others(
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-@contextlib.asynccontextmanager
-async def registry(status: int = 200) -> AsyncIterator[str]:
-    """Run an image registry that returns the address of an image, as Golem's does."""
-    from aiohttp import web
-
-    async def info(request: web.Request) -> web.Response:
-        url = f"http://{request.host}/image.gvmi"
-        return web.json_response(
-            {"http": url, "https": url, "sha3": request.query["hash"], "size": 4096}, status=status
-        )
-
-    app = web.Application()
-    app.router.add_get("/v1/image/info", info)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
-
-
-def published(models: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    image = PublishedImage(
-        image="me/mlg:lite0",
-        hash=HASH,
-        digest=find_artefact(models, MODEL).digest,
-        size_bytes=4096,
-        pushed_at=datetime(2026, 11, 20, tzinfo=UTC),
-    )
-    monkeypatch.setattr(payload, "read_lock", lambda: {MODEL: replace(image, **changes)})
-
-
-def test_the_demand_names_a_published_image_by_its_hash_and_address(
-    tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_slow_distant_providers_with_deadlines_are_served_and_keep_their_agreement(
+    tmp_path: Path, models_folder: Path
 ) -> None:
-    published(models_folder, monkeypatch)
+    alpha = provider("alpha", latency_seconds=0.2, bytes_per_second=500_000.0, debit_note_seconds=0.3, threads=16)
+    plan = scenario(alpha, debit_note_accept_seconds=5.0 * slowness())
 
     async def main() -> None:
-        async with (
-            registry() as url,
-            golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as harness,
-        ):
-            (outcome,) = await harness.run("job")
-            (demand,) = harness.devnet.market.demands.values()
+        async with golem(plan, tmp_path, models_folder, max_workers=1) as harness:
+            for number in range(3):
+                (outcome,) = await harness.run(f"chunk-{number}", images=4)
+                assert outcome.error is None
+            (agreement,) = harness.devnet.market.agreements.values()
+            notes = harness.devnet.payment.debit_notes
+            await until(lambda: len(notes) > 2 and any(each.status == "ACCEPTED" for each in notes.values()))
+            assert agreement.state == "Approved"
+            await harness.executor.close()
 
-            assert outcome.error is None
-            assert demand.properties["golem.srv.comp.task_package"] == f"hash:sha3:{HASH}:{url}/image.gvmi"
-            assert "(golem.runtime.name=vm)" in demand.constraints
-
-    asyncio.run(asyncio.wait_for(main(), 300))
-
-
-@pytest.mark.parametrize(
-    ("status", "changes", "words"),
-    [(500, {}, "does not return the address"), (200, {"digest": "0" * 64}, "mlg image push efficientnet_lite0")],
-)
-def test_a_published_image_that_is_missing_or_of_another_build_is_an_error_with_a_remedy(
-    status: int, changes: dict[str, Any], words: str, tmp_path: Path, models_folder: Path, monkeypatch: Any
-) -> None:
-    published(models_folder, monkeypatch, **changes)
-
-    async def main() -> None:
-        async with (
-            registry(status) as url,
-            golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as harness,
-        ):
-            (outcome,) = await harness.run("job")
-
-            assert outcome.is_blameless and isinstance(outcome.error, GolemUnavailable)
-            assert words in outcome.error.reason
+            assert harness.store.ledger.spent() == harness.paid() > 0
 
     asyncio.run(asyncio.wait_for(main(), 300))
 

@@ -46,7 +46,7 @@ SHORT = GolemTimings(
     cleanup_seconds=1.0,
     search_backoff=Backoff(first_seconds=0.1, max_seconds=15.0),
     collect_offers_seconds=0.1,
-    stale_demand_seconds=1.0,
+    stale_demand_backoff=Backoff(first_seconds=1.0, max_seconds=1.0),
     unreachable_seconds=1.0,
     payment_backoff=Backoff(first_seconds=0.1, max_seconds=10.0),
     review_seconds=0.5,
@@ -645,7 +645,7 @@ def test_a_market_without_offers_is_named_as_the_reason_and_blames_no_chunk(play
         assert unavailable_reason == outcome.error.reason
         assert "No provider on the market offers what the model needs." in outcome.error.reason
 
-    play(body, provider("alpha", runtimes=("vm",)), offer_seconds=1.0)
+    play(body, provider("alpha", runtimes=("mlg",)), offer_seconds=1.0)
 
 
 def test_rejected_offers_are_named_as_the_reason_and_blame_no_chunk(play: Play) -> None:

@@ -82,7 +82,7 @@ def open_amounts(store: Store) -> list[Decimal]:
 def test_no_bill_for_an_agreement_that_ended_in_time_is_above_what_was_reserved(
     start: Decimal, second: Decimal, seconds: list[float]
 ) -> None:
-    price = Price(start=start, cpu_second=second, second=second, threads=2)
+    price = Price(start=start, cpu_second=second, second=second)
     ended_after, covered = seconds
 
     assert price.max_cost(ended_after) <= GolemTimings().cost_limit(price, ended_after)

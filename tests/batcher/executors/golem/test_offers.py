@@ -71,7 +71,6 @@ def test_a_price_is_read_from_an_offer_whatever_the_order_of_its_counters() -> N
         {"golem.com.pricing.model.linear.coeffs": "free"},
         {"golem.com.usage.vector": ["golem.usage.cpu_sec", "golem.usage.moonlight"]},
         {"golem.com.usage.vector": None},
-        {"golem.inf.cpu.threads": "many"},
     ],
 )
 def test_an_offer_with_unreadable_prices_is_rejected(change: dict[str, Any], provider_records: ProviderRecords) -> None:
@@ -112,9 +111,19 @@ def test_an_unknown_counter_with_price_zero_is_accepted() -> None:
     assert Price.from_offer(properties) == Price.from_offer(offer())
 
 
-def test_the_price_per_hour_counts_all_threads(provider_records: ProviderRecords) -> None:
-    assert provider_records.rate_offer(MODEL, "0x1", offer()) > 0
-    assert provider_records.rate_offer(MODEL, "0x1", offer(**{"golem.inf.cpu.threads": 8})) < 0
+async def test_the_price_per_hour_counts_one_thread_in_the_limit_and_in_the_list(store: Store) -> None:
+    four_threads = offer(**{"golem.inf.cpu.threads": 4})
+    limit = Price.from_offer(four_threads).per_hour
+    accepting = make_records(store, replace(SETTINGS, max_price_hour=limit))
+    rejecting = make_records(store, replace(SETTINGS, max_price_hour=limit - Decimal("1e-9")))
+
+    accepting._ledger_writer.start()
+    accepting.record_offer("0x1", four_threads)
+    await accepting._ledger_writer.close()
+
+    assert accepting.rate_offer(MODEL, "0x1", four_threads) > 0 > rejecting.rate_offer(MODEL, "0x1", four_threads)
+    (listed,) = store.providers.list()
+    assert listed.price_per_hour == limit == Decimal("0.432")
 
 
 def test_the_lowest_cost_per_image_wins_over_the_lowest_price_per_hour(provider_records: ProviderRecords) -> None:
@@ -221,6 +230,12 @@ def test_a_chunk_timeout_depends_on_its_size_and_the_measured_speed() -> None:
     assert limit() == 35.0
     assert limit(size_bytes=2_000_000) == 45.0
     assert limit(images_per_second=0.1) == limit(images_per_second=None) == 120.0
+    # However short the limit, the largest chunk gets the time to be sent at the lowest speed.
+    assert (
+        limit(size_bytes=64_000_000, images_per_second=None)
+        == limit(size_bytes=64_000_000, images_per_second=0.1)
+        == 440.0
+    )
 
 
 def test_a_chunk_is_a_straggler_only_if_the_speed_is_known() -> None:

@@ -70,7 +70,8 @@ def test_an_agreement_made_just_before_a_renewal_lasts_for_a_start_and_a_chunk_a
     # Providers refuse an agreement of less than five minutes.
     assert lead > 300 + 90 + timings.overtime_seconds
     assert slow > timings.start_cover(start_seconds=900.0, chunk_seconds=90.0)
-    longest = timings.renewal_lead(start_seconds=3600.0, chunk_seconds=timings.chunk_limit(18_000.0))
+    chunk_seconds = timings.chunk_timeout(items=16, size_bytes=64_000_000, images_per_second=None, max_seconds=18_000.0)
+    longest = timings.renewal_lead(start_seconds=3600.0, chunk_seconds=chunk_seconds)
     assert longest < timings.max_agreement_seconds
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from batcher.backoff import Backoff
 from batcher.errors import BudgetReached
 from batcher.executors import Job
 from batcher.executors.golem.job_queue import QueuedJob
@@ -183,5 +186,34 @@ def test_an_agreement_that_is_dearer_than_what_was_reserved_gets_no_activity(par
 
         assert store.reservations.list() == []
         assert [each.id for each in store.ledger.agreements()] == ["a1"], "it is known, so that its bill is"
+
+    asyncio.run(main())
+
+
+def test_a_demand_is_published_again_only_when_nothing_is_negotiated_and_less_often_each_time(
+    parts: GolemParts,
+) -> None:
+    async def main() -> None:
+        pool = await make_pool(parts)
+        pool._timings = replace(EXACT, stale_demand_backoff=Backoff(first_seconds=20.0, max_seconds=120.0))
+        pool._expires, pool._negotiated_at = float("inf"), 0.0
+        restarts = []
+
+        def step(quiet_seconds: float, negotiated_seconds: float = float("inf")) -> bool:
+            """Make a step after nothing happened for so long. :return: whether the demand was published again."""
+            pool._search_task = asyncio.create_task(asyncio.sleep(1000))
+            pool._wanted_since = time.monotonic() - quiet_seconds
+            pool._negotiated_at = time.monotonic() - negotiated_seconds
+            pool.step(1)
+            return bool(pool._search_task.cancelling())
+
+        assert not step(19)
+        assert not step(60, negotiated_seconds=10)
+        for seconds in (21, 41, 81, 121, 121):
+            restarts.append((step(seconds - 2), step(seconds)))
+        assert restarts == [(False, True)] * 5
+        pool._on_event("AgreementConfirmed", {"agreement": agreement("a1", "0.1")})
+        assert step(21)
+        await parts.ledger_writer.close()
 
     asyncio.run(main())
