@@ -82,7 +82,8 @@ _QUEUED_MODELS = """
 # INDEXED BY: without statistics SQLite may choose another index that begins with the model, and then reads every
 # answered request of the model too.
 _OLDEST_DUE = f"""
-    SELECT created_at FROM requests INDEXED BY requests_queued WHERE {_IS_CLAIMABLE} ORDER BY number LIMIT 1
+    SELECT created_at FROM requests WHERE number = (
+        SELECT number FROM requests INDEXED BY requests_queued WHERE {_IS_CLAIMABLE} ORDER BY number LIMIT 1)
 """
 
 _HAS_REQUEUED = """
