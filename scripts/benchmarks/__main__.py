@@ -12,6 +12,7 @@ NAMES = (
     "drain",
     "golem",
     "models",
+    "sessions",
     "startup",
     "uploads",
 )
