@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -196,7 +196,6 @@ def test_a_demand_is_published_again_only_when_nothing_is_negotiated_and_less_of
     async def main() -> None:
         pool = await make_pool(parts)
         pool._timings = replace(EXACT, stale_demand_backoff=Backoff(first_seconds=20.0, max_seconds=120.0))
-        pool._demand = cast(PublishedDemand, SimpleNamespace(seconds_left=lambda: float("inf")))
         restarts = []
 
         def step(quiet_seconds: float, negotiated_seconds: float = float("inf")) -> bool:
