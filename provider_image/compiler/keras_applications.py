@@ -53,10 +53,10 @@ def build(
             row, labels=imagenet_labels(), weights_sha256=weights.sha256, recipe=RECIPE, reference="keras"
         )
         if not again:
-            digests = {compute_digest(replace(draft, precision=each)) for each in ("f32", "f16")}
             with contextlib.suppress(NotInstalled, BrokenArtefact):
                 installed = find_artefact(models, row.name)
-                if installed.digest in digests:
+                kept = {name: getattr(installed, name) for name in ("format", "precision", "files")}
+                if compute_digest(replace(draft, **kept)) == installed.digest:
                     return installed
         on_step("starting Keras")
         with keras_session() as keras:
