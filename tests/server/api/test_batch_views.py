@@ -195,8 +195,8 @@ def _zip64_locator() -> bytes:
     ],
     ids=[
         "empty-zip", "not-a-zip", "zip-without-members", "cut-zip", "zip-bomb", "huge-zip-directory", "zip-of-folders",
-        "zip64-locator", "too-large", "endless-headers", "form-without-images", "form-without-parts", "form-without-boundary",
-        "one-image", "urls-while-off",
+        "zip64-locator", "too-large", "endless-headers", "form-without-images", "form-without-parts",
+        "form-without-boundary", "one-image", "urls-while-off",
     ],
 )  # fmt: skip
 def test_a_body_that_cannot_be_read_is_refused_as_a_whole(
