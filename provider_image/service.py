@@ -214,7 +214,9 @@ def check_files(outputs: Mapping[str, OutputFile], files: Mapping[str, bytes]) -
 def _has_type(data: bytes, media_type: str) -> bool:
     try:
         if media_type.startswith("image/"):
-            return MEDIA_TYPES[read_header(data, _MAX_OUTPUT_PIXELS).format] == media_type
+            # It is not decoded here.
+            header = read_header(data, _MAX_OUTPUT_PIXELS, max_decoding_bytes=math.inf, max_side=math.inf)
+            return MEDIA_TYPES[header.format] == media_type
         if media_type == "application/json":
             json.loads(data)
         elif media_type == "text/plain":

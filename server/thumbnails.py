@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from provider_image.decoders import DecoderPool
-from provider_image.errors import BadInput, BrokenImage, ChunkTimeout, DecodingUnavailable, MlgError
+from provider_image.errors import BadInput, BrokenImage, ChunkTimeout, DecodingUnavailable, MlgError, WorkerDied
 from provider_image.images.thumbnails import SHEET_PIXELS
 from server.auth.limits import FairSlots
 from store.errors import ImageGone, StoreError
@@ -76,8 +76,7 @@ class Thumbnails:
                 if sha256 is not None:
                     data = self._read(sha256, SHEET_PIXELS)
                     if data is None and time.monotonic() < give_up_at:
-                        with contextlib.suppress(BadInput, ImageGone, ChunkTimeout):
-                            data = self._make(sha256, SHEET_PIXELS)
+                        data = self._make_if_possible(sha256)
                 shown.append((sha256 if data else None, [line[:_MAX_LINE] for line in lines]))
             paths = {each: str(self._images.thumbnail_path(each, SHEET_PIXELS)) for each, _ in shown if each}
             try:
@@ -98,12 +97,25 @@ class Thumbnails:
             return self._images.thumbnail_path(sha256, side).read_bytes()
         return None
 
+    def _make_if_possible(self, sha256: str) -> bytes | None:
+        try:
+            return self._make(sha256, SHEET_PIXELS)
+        except DecodingUnavailable:
+            raise
+        except MlgError as error:
+            log.info("an image of a contact sheet cannot be shown: %s", error)
+            return None
+
     def _make(self, sha256: str, side: int) -> bytes:
-        data = b""
         try:
             data = self._run("thumbnail", {"side": side}, {"image": str(self._images.path(sha256))})["image"]
-        except (BadInput, ChunkTimeout):
-            self._keep(sha256, side, data)
+        except WorkerDied as error:  # perhaps not because of this image
+            raise BrokenImage(error.reason) from error
+        except ChunkTimeout as error:
+            self._keep(sha256, side, b"")
+            raise BrokenImage(error.reason) from error
+        except BadInput:
+            self._keep(sha256, side, b"")
             raise
         self._keep(sha256, side, data)
         return data

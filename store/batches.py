@@ -43,6 +43,7 @@ from store.requests import (
     SubmissionFacts,
     answer_known,
     delete_requests,
+    find_answer,
     insert_requests,
     read_requests,
     request_row,
@@ -249,7 +250,6 @@ class Batches:
         values = to_row(batch, labels=labels, total=len(items), refused=len(refused_items), arrival=_HIDDEN)
         del values["number"]
         rows = [(new, staged, request_row(new, staged)) for new, staged in items]
-        numbers: list[int] = []
         started = time.monotonic()
 
         def lease() -> dict[str, Any]:
@@ -264,10 +264,10 @@ class Batches:
             refused = [to_row(one, batch_id=batch.id) for one in refused_items[part]]
             transaction.execute_many(_ADD_REFUSAL, refused)
 
-        def insert(part: slice, transaction: Transaction) -> None:
+        def insert(part: slice, transaction: Transaction) -> list[RequestRecord]:
             if not transaction.execute(_ADD_SLICE, {**lease(), "count": len(rows[part])}).rowcount:
                 raise StoreUnavailable("Adding the batch took too long. Send it again, in smaller parts.")
-            numbers.extend(insert_requests(transaction, rows[part]))
+            return insert_requests(transaction, rows[part])
 
         def show(transaction: Transaction) -> None:
             if batch.key_id is not None:
@@ -278,41 +278,51 @@ class Batches:
             if not items:
                 end_empty_batch(transaction, row, now=batch.created_at)
 
-        def answer(part: slice, transaction: Transaction) -> list[RequestRecord]:
-            return answer_known(transaction, numbers[part], rows[part], now=batch.created_at)
-
-        before = [begin, *_in_parts(refuse, len(refused_items)), *_in_parts(insert, len(items)), show]
-        answers = _in_parts(answer, len(items))
+        inserts = _in_parts(insert, len(items))
+        before: list[WriteFunction[list[RequestRecord] | None]]
+        before = [begin, *_in_parts(refuse, len(refused_items)), *inserts, show]
 
         def write_whole(transaction: Transaction) -> list[RequestRecord]:
-            for step in before:
-                step(transaction)
-            found = [record for step in answers for record in step(transaction)]
+            added = [record for step in before for record in step(transaction) or ()]
+            numbered = zip((record.number for record in added), rows, strict=True)
+            answered = {one.number: one for one in answer_known(transaction, numbered, now=batch.created_at)}
             transaction.execute(_ARRIVE, (batch.id,))
-            return found
+            return [answered.get(record.number, record) for record in added]
 
+        added: list[RequestRecord] = []
         is_begun = False
         try:
             if len(items) + len(refused_items) <= ROWS_PER_COMMIT:
                 return self._database.write(write_whole)
-            for _ in self._database.write_each(before):
+            for found in self._database.write_each(before):
                 is_begun = True
+                added += found or ()
         except BaseException:
             if is_begun:
                 self._abandon_after_error(batch.id)
             for _, staged in items:
                 self._images.discard(staged)
             raise
-        records: list[RequestRecord] = []
+        answered: dict[int, RequestRecord] = {}
         try:
-            for found in self._database.write_each(answers):
-                records += found
+            # Reading needs no write lock, and most batches have no earlier answers.
+            with self._database.read() as connection:
+                known = [
+                    (record.number, item)
+                    for record, item in zip(added, rows, strict=True)
+                    if find_answer(connection, item) is not None
+                ]
+
+            def answer(part: slice, transaction: Transaction) -> list[RequestRecord]:
+                return answer_known(transaction, known[part], now=batch.created_at)
+
+            for found in self._database.write_each(_in_parts(answer, len(known))):
+                answered |= {record.number: record for record in found}
             self._database.execute(_ARRIVE, (batch.id,))
         except StoreError as error:
             # It is accepted; what has no earlier answer yet is claimed after a while.
             log.warning("cannot answer a batch with earlier answers: %s", error, extra={"batch": batch.id})
-            records += self.items(batch.id, after=records[-1].number if records else 0, limit=len(items))
-        return records
+        return [answered.get(record.number, record) for record in added]
 
     def _abandon_after_error(self, id: str) -> None:
         try:

@@ -688,7 +688,8 @@ def m012_locks(db: sqlite_utils.Database) -> None:
         "WHERE finished_at IS NOT NULL AND image_deleted_at IS NULL",
         # Covers claims, so that requests that may not be claimed yet are skipped quickly.
         "DROP INDEX requests_queued",
-        "CREATE INDEX requests_queued ON requests (model, number, service, due_at, batch_id) WHERE state = 'queued'",
+        "CREATE INDEX requests_queued ON requests (model, number, service, due_at, batch_id, state) "
+        "WHERE state = 'queued'",
         # Pages of a list by status.
         "DROP INDEX requests_waiting",
         "DROP INDEX requests_done",

@@ -87,7 +87,8 @@ _QUEUED_MODELS = """
 # INDEXED BY: without statistics SQLite may choose another index that begins with the model, and then reads every
 # answered request of the model too.
 _OLDEST_DUE = f"""
-    SELECT created_at FROM requests INDEXED BY requests_queued WHERE {_IS_CLAIMABLE} ORDER BY number LIMIT 1
+    SELECT created_at FROM requests WHERE number = (
+        SELECT number FROM requests INDEXED BY requests_queued WHERE {_IS_CLAIMABLE} ORDER BY number LIMIT 1)
 """
 
 _HAS_REQUEUED = """
@@ -426,11 +427,10 @@ def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
 NewItem = tuple[NewRequest, StagedImage, dict[str, Any]]
 
 
-def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> builtins.list[int]:
+def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> builtins.list[RequestRecord]:
     """Publish inputs and insert their requests as queued; call it inside a write, and then `answer_known`.
 
     :param items: the columns are those that `request_row` returns.
-    :return: the numbers; without gaps, because nobody else writes meanwhile.
     """
     numbers: list[int] = []
     labels: list[tuple[int, str | None, str]] = []
@@ -445,29 +445,35 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> built
         files[number] = files_from_text(row["inputs"])
     transaction.execute_many(_ADD_LABELS, labels)
     _refer_to_files(transaction, files, is_input=True)
-    return numbers
+    # Nobody else writes meanwhile, so the numbers have no gaps.
+    return [_to_record(row) for row in transaction.execute(_ADDED, (numbers[0], numbers[-1]))]
+
+
+def find_answer(connection: sqlite3.Connection, item: NewItem) -> Any:
+    """Read an earlier answer of the same artefact to equal inputs; None if there is none, or none may be reused."""
+    new, _, row = item
+    if new.digest is None or new.is_fresh:
+        return None
+    find = _FIND_ANSWER if new.shares_answers else _FIND_OWN_ANSWER
+    return connection.execute(f"{find} LIMIT 1", {**row, "digest": new.digest}).fetchone()
 
 
 def answer_known(
-    transaction: Transaction, numbers: Sequence[int], items: Sequence[NewItem], *, now: datetime
+    transaction: Transaction, items: Iterable[tuple[int, NewItem]], *, now: datetime
 ) -> builtins.list[RequestRecord]:
-    """Answer those new requests for which there is an earlier answer of the same artefact to equal inputs.
+    """Answer those new requests for which there is an earlier answer. :return: these.
 
-    :param numbers: what `insert_requests` returned for these items.
-    :return: all of the requests, as they are now.
+    :param items: number of the request, and what was added.
     """
-    known: list[dict[str, Any]] = []
-    for number, (new, _, row) in zip(numbers, items, strict=True):
-        if new.digest is not None and not new.is_fresh:
-            find = _FIND_ANSWER if new.shares_answers else _FIND_OWN_ANSWER
-            earlier = transaction.execute(f"{find} LIMIT 1", {**row, "digest": new.digest}).fetchone()
-            if earlier is not None:
-                known.append({**dict(earlier), "number": number})
+    found = [(number, find_answer(transaction.connection, item)) for number, item in items]
+    known = [{**dict(earlier), "number": number} for number, earlier in found if earlier is not None]
     changed = transition(transaction, RequestState.DONE, "number = :number", known, columns=_KNOWN_ANSWER, now=now)
     done = {row["number"] for row in changed}
     files = {each["number"]: files_from_text(each["files"]) for each in known if each["number"] in done}
     _refer_to_files(transaction, files, is_input=False)
-    return [_to_record(row) for row in transaction.execute(_ADDED, (numbers[0], numbers[-1]))]
+    return [
+        _to_record(row) for number in sorted(done) for row in transaction.execute(_ADDED, (number, number)).fetchall()
+    ]
 
 
 def _refer_to_files(transaction: Transaction, files: Mapping[int, Mapping[str, StoredFile]], *, is_input: bool) -> None:
@@ -514,9 +520,10 @@ class Requests:
         def write(transaction: Transaction) -> RequestRecord:
             if new.key_id is not None:
                 count_images(transaction, new.key_id, 1, now=row["created_at"])
-            items = [(new, staged, row)]
-            (added,) = answer_known(transaction, insert_requests(transaction, items), items, now=new.created_at)
-            return added
+            item = new, staged, row
+            (added,) = insert_requests(transaction, [item])
+            answered = answer_known(transaction, [(added.number, item)], now=new.created_at)
+            return answered[0] if answered else added
 
         try:
             return self._database.write(write)

@@ -70,15 +70,17 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     lines = Path("/proc/self/status").read_text().splitlines()
     data_bytes = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = data_bytes + MAX_JOB_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+    _limit(resource.RLIMIT_DATA, data_bytes + MAX_JOB_BYTES)
 
 
 def _limit_processor_time(seconds: float) -> None:
     """Have the kernel end this process when it has used that much more processor time."""
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), most))
+    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds))
+
+
+def _limit(kind: int, value: int) -> None:
+    _, most = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if most == resource.RLIM_INFINITY else min(value, most), most))
 
 
 def _exit_with_owner() -> None:

@@ -56,9 +56,6 @@ _TRANSPOSITIONS = {
 _SIDEWAYS = ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 #: Pixels that are converted at once.
 _BAND_PIXELS = 512 * 1024
-#: Most pixels between the two passes of resizing. Where it would be more, in an image that is many times as high as
-#: wide, the vertical pass is done first.
-_MAX_BETWEEN_PASSES = 4 * 1024 * 1024
 #: Bytes that Pillow has for a pixel of a mode; 4 of all others.
 _PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 #: Most characters of text that are read from a PNG; four bytes each at worst.
@@ -218,8 +215,12 @@ class _UprightImage:
         """Resize the part in a box. :return: mode L or RGB."""
         import PIL.Image
 
-        target, is_usual_order = (width, height), width * self.size[1] <= _MAX_BETWEEN_PASSES
-        image = self._whole() if is_usual_order else None
+        target = (width, height)
+        # If the horizontal pass comes first, its result is beside the image. It is large where the image is many times
+        # as high as wide; then the vertical pass comes first.
+        between_bytes = 4 * width * self.size[1]
+        is_usual_order = 4 * self.size[0] * self.size[1] + between_bytes <= MAX_DECODING_BYTES
+        image = self._whole(between_bytes) if is_usual_order else None
         if image is not None:
             return image.resize(target, filter, box)
         # Bands follow one another along this axis: rows, or columns if the vertical pass comes first.
@@ -241,8 +242,11 @@ class _UprightImage:
             target, filter, (*_point(axis, box[axis], 0), *_point(axis, box[axis + 2], target[other]))
         )
 
-    def _whole(self) -> PIL.Image.Image | None:
-        """Return the whole image upright and in mode L or RGB; None if that would take too much memory."""
+    def _whole(self, other_bytes: int) -> PIL.Image.Image | None:
+        """Return the whole image upright and in mode L or RGB; None if that would take too much memory.
+
+        :param other_bytes: what is needed beside it.
+        """
         import PIL.Image
 
         if self._convert is None and self._transposition is None:
@@ -255,7 +259,7 @@ class _UprightImage:
                 return band
             if result is None:
                 pixel_bytes = sum(_PIXEL_BYTES.get(mode, 4) for mode in (self._image.mode, band.mode))
-                if self._held_bytes + width * height * pixel_bytes > MAX_DECODING_BYTES:
+                if self._held_bytes + width * height * pixel_bytes + other_bytes > MAX_DECODING_BYTES:
                     return None
                 result = PIL.Image.new(band.mode, self.size)
             result.paste(band, (0, start))

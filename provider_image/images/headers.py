@@ -64,11 +64,14 @@ class ImageHeader:
     buffer_bytes: int
 
 
-def read_header(data: bytes, max_pixels: int) -> ImageHeader:
+def read_header(
+    data: bytes, max_pixels: int, *, max_decoding_bytes: float = MAX_DECODING_BYTES, max_side: float = MAX_SIDE
+) -> ImageHeader:
     """Read format and size, and check as far as the structure shows that the file is complete.
 
     :param max_pixels: limit for width x height. Checked as soon as the size is known, so that a decompression bomb is
         reported as too large even when the rest of the file is missing.
+    :param max_decoding_bytes, max_side: math.inf for an image that is not decoded here.
     :raises BadInput: EmptyImage, UnsupportedFormat, NotAnImage, ImageTooLarge or BrokenImage.
     """
     if not data:
@@ -80,9 +83,9 @@ def read_header(data: bytes, max_pixels: int) -> ImageHeader:
                 f"The image declares {width} x {height} pixels; at most {max_pixels / 1e6:g} million are allowed. "
                 "Scale it down and send it again."
             )
-        if max(width, height) > MAX_SIDE:
+        if max(width, height) > max_side:
             raise ImageTooLarge(
-                f"The image declares {width} x {height} pixels; at most {MAX_SIDE} are allowed on a side. "
+                f"The image declares {width} x {height} pixels; at most {max_side} are allowed on a side. "
                 "Cut it into parts and send them one by one."
             )
 
@@ -98,13 +101,21 @@ def read_header(data: bytes, max_pixels: int) -> ImageHeader:
                 raise BrokenImage(f"The {name} file declares a size of {width} x {height} pixels.")
             # A JPEG can be decoded at half its size, which takes a quarter of the memory.
             needed = buffer_bytes + width * height * (1 if name == "JPEG" else 4)
-            if needed > MAX_DECODING_BYTES:
+            if needed > max_decoding_bytes:
                 raise ImageTooLarge(
                     f"Decoding the {name} image of {width} x {height} pixels would take {needed / 2**20:.0f} MB; "
-                    f"at most {MAX_DECODING_BYTES / 2**20:.0f} MB are allowed. Scale it down, or save it as an "
+                    f"at most {max_decoding_bytes / 2**20:.0f} MB are allowed. Scale it down, or save it as an "
                     "ordinary JPEG (not progressive)."
                 )
             return ImageHeader(format=name, width=width, height=height, buffer_bytes=buffer_bytes)
+    raise _unrecognised(data)
+
+
+def media_type(data: bytes) -> str:
+    """Return the media type of an image by its first bytes. :raises BadInput: UnsupportedFormat or NotAnImage."""
+    for magic, name, _ in _READERS:
+        if data.startswith(magic) and (name != "WEBP" or data[8:12] == b"WEBP"):
+            return MEDIA_TYPES[name]
     raise _unrecognised(data)
 
 

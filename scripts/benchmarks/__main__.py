@@ -13,6 +13,7 @@ NAMES = (
     "golem",
     "models",
     "retention",
+    "sessions",
     "slow_clients",
     "startup",
     "uploads",

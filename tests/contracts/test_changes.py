@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.auth.cursors import Cursors
 from server.live.changes import ChangeDispatcher, Listener
-from server.live.sse import parse_id, stream_requests
+from server.live.sse import stream_requests
 from store import new_id
 from store.database import Transaction
 from store.requests import Answer, Blame, Claim, NewRequest
@@ -182,7 +183,7 @@ def test_a_stream_that_is_cut_anywhere_sends_every_last_state_once(open_store: O
         store = open_store(Path(folder))
         ids = [add(store) for _ in range(10)]
         numbers = [store.requests.get(id).number for id in ids]
-        events = ChangeDispatcher(store.changes, capacity=1)
+        events, cursors = ChangeDispatcher(store.changes, capacity=1), Cursors(Path(folder)).codec("events", None)
 
         def work() -> None:
             for size in (3, 2, 4, 10):
@@ -194,12 +195,13 @@ def test_a_stream_that_is_cut_anywhere_sends_every_last_state_once(open_store: O
         is_over = False
         worker.start()
         while not is_over:
-            listener = Listener(numbers=numbers)
+            listener = Listener(numbers=numbers, is_allowed=lambda: True)
             pieces = stream_requests(
                 events,
                 store.changes,
                 listener,
                 ids=ids,
+                cursors=cursors,
                 last_id=last_id,
                 serialize=lambda request: {"id": request.id, "state": request.state},
             )
@@ -215,5 +217,6 @@ def test_a_stream_that_is_cut_anywhere_sends_every_last_state_once(open_store: O
         done = Counter(id for id, state in received if state == "done")
         assert done == Counter(ids)
         assert max(Counter(received).values()) == 1
-        assert parse_id(last_id)[0] == store.changes.latest()
+        last = cursors.read(last_id or "")
+        assert last is not None and last[0] == store.changes.latest()
         store.close()

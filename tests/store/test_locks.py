@@ -302,6 +302,8 @@ def test_every_list_and_claim_uses_an_index(
     connection.close()
     assert plans
     for sql, plan in plans.items():
+        # Requests that may not be claimed yet are passed over in the index.
+        assert not [line for line in plan if "USING INDEX requests_queued" in line], (sql, plan)
         scans = [line for line in plan if line.startswith("SCAN") and not any(word in line for word in WALKED)]
         if name not in UNFILTERED:
             assert scans == [], (sql, plan)
@@ -461,9 +463,9 @@ def test_a_large_batch_is_there_whole_or_not_at_all_wherever_its_process_is_kill
         )
         assert len(claimed) + len(claim(store)) == 5 * shown[-1]
 
-    # Three slices of requests, two of refused items, the batch itself and showing it come before it is visible.
-    assert shown == [False] * 7 + [True] * (len(shown) - 7)
-    assert len(shown) > 10
+    # Three slices of requests, two of refused items, the batch itself and showing it come before it is visible, and the
+    # end of its arrival after that.
+    assert shown == [False] * 7 + [True] * 2
 
 
 def test_what_follows_from_a_large_batch_of_known_images_follows_once_wherever_its_process_is_killed(

@@ -8,7 +8,7 @@ from typing import Any
 import flask
 
 from provider_image import errors
-from provider_image.images.headers import MAX_PIXELS, MEDIA_TYPES, read_header
+from provider_image.images.headers import media_type
 from provider_image.models.registry import find_row
 from server.api.query import CURSOR, LIMIT, PageQuery, parse_state, read_query, state_field
 from server.api.responses import json_response
@@ -101,8 +101,7 @@ class RequestViews(Views):
         etag = f"{request.image_sha256}-{size or 'whole'}"
         if size is None:
             data = self._context.read_image(request)
-            is_shown = is_image(request)
-            kind = MEDIA_TYPES[read_header(data, MAX_PIXELS).format] if is_shown else "application/octet-stream"
+            kind = media_type(data) if is_image(request) else "application/octet-stream"
             return _file_response(data, kind, etag=etag, name=clean_name(request.name) or "picture")
         if request.image_deleted_at is not None:
             raise ImageGone()

@@ -17,9 +17,9 @@ import pytest
 from batcher.executors import Job
 from batcher.executors.local import LocalExecutor
 from batcher.executors.worker_process import WorkerProcess
-from batcher.subprocesses import child_environment
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import ChunkError, WorkerDied
+from provider_image.subprocesses import child_environment
 from tests.contexts import make_context
 from tests.timing import until
 

@@ -17,7 +17,7 @@ from provider_image.errors import (
     UnsupportedFormat,
 )
 from provider_image.images.decoding import MAX_PIXELS
-from provider_image.images.headers import MEDIA_TYPES, read_header
+from provider_image.images.headers import MEDIA_TYPES, media_type, read_header
 from tests.provider_image.conftest import encode_image
 from tests.timing import cpu_slowness
 
@@ -390,3 +390,12 @@ def test_tiff_of_many_scans_is_refused():
 
     with pytest.raises(ImageTooLarge, match="scans"):
         read_header(data, MAX_PIXELS)
+
+
+@pytest.mark.parametrize("name", images_by_format())
+def test_media_type_is_told_by_the_first_bytes(name):
+    data = images_by_format()[name]
+
+    assert media_type(data[:12]) == MEDIA_TYPES[read_header(data, MAX_PIXELS).format]
+    with pytest.raises(NotAnImage):
+        media_type(b"RIFF\x10\0\0\0WAVEfmt ")

@@ -246,6 +246,6 @@ def test_an_agreement_lasts_as_long_as_the_clock_says_that_says_more(
     st.floats(0.1, 100_000),
 )
 def test_the_tolerance_for_a_bill_is_a_small_part_of_it(start: Decimal, second: Decimal, seconds: float) -> None:
-    price = Price(start=start, cpu_second=second, second=second, threads=2)
+    price = Price(start=start, cpu_second=second, second=second)
 
     assert price.max_cost(seconds) < GolemTimings().bill_limit(price, seconds) < price.max_cost(seconds) * 11 / 10
