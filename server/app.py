@@ -21,6 +21,7 @@ from server.api.views.requests import RequestViews
 from server.api.views.webhooks import WebhookViews
 from server.auth.guard import install_guard
 from server.context import Context, Views
+from server.memory import RequestMemory
 from server.pages.api_reference import ApiReferenceViews
 from server.pages.batches import BatchPageViews
 from server.pages.home import HomeViews
@@ -60,6 +61,7 @@ def create_app(
     app.url_map.merge_slashes = False
     context = Context.create(settings, store, clock)
     app.extensions[_EXTENSION] = context
+    RequestMemory(app, largest_bytes=settings.max_image_bytes)
     install_guard(app, settings, store.keys, clock)
     # After the guard, because idempotency keys are separate for each API key.
     app.before_request(context.repetitions.answer_repeated)

@@ -18,11 +18,13 @@ from provider_image.models.catalogue import CATALOGUE, install_command
 from server.auth.cursors import CursorCodec, Cursors
 from server.auth.guard import owned, visible_key_id
 from server.endpoint import get_operation
+from server.errors import TooManyDownloads
 from server.intake.accept import Intake, can_build
 from server.intake.idempotency import Repetitions, is_repeatable
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
+from server.memory import hold_bytes
 from server.serializers import parse_read_params, serialize_request
 from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
@@ -96,13 +98,14 @@ class Context:
         return serialize_request(request, params, self.estimate_wait(request))
 
     def read_image(self, request: RequestRecord) -> bytes:
-        """Read the image of a request. :raises ImageGone: it was deleted."""
+        """Read the image of a request. :raises ImageGone: it was deleted. :raises TooManyDownloads:"""
         if request.image_deleted_at is not None:
             raise ImageGone()
-        return self.read_stored(request.image_sha256)
+        return self.read_stored(request.image_sha256, request.image_bytes)
 
-    def read_stored(self, sha256: str) -> bytes:
-        """Read what is stored under a hash. :raises ImageGone: it was deleted."""
+    def read_stored(self, sha256: str, size_bytes: int) -> bytes:
+        """Read what is stored under a hash. :raises ImageGone: it was deleted. :raises TooManyDownloads:"""
+        hold_bytes(size_bytes, TooManyDownloads())
         try:
             return self.store.images.read(sha256)
         except FileNotFoundError as error:

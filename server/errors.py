@@ -74,6 +74,10 @@ class TooManyUploads(MlgError):
     """Too many requests of this client are being received at once. Send it again in a moment."""
 
 
+class TooManyDownloads(MlgError):
+    """Too many large responses are being sent to this client. Read one to its end, and send the request again."""
+
+
 class UnsupportedMediaType(BadInput):
     """This content type is not accepted. Send multipart/form-data with the field `image`, or raw bytes as image/*."""
 
@@ -130,6 +134,7 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
         errors.DecodingUnavailable,
         BacklogFull,
         StreamsFull,
+        TooManyDownloads,
         TooManyUploads,
         store_errors.StoreError,
     ),
@@ -144,6 +149,7 @@ RETRY_AFTER_SECONDS: Mapping[type[MlgError], int] = {
     store_errors.DiskFull: 60,
     BacklogFull: 30,
     StreamsFull: 5,
+    TooManyDownloads: 1,
     TooManyUploads: 1,
     KeyUnderWay: 1,
     errors.DecodingUnavailable: 2,

@@ -10,7 +10,8 @@ application. Four things that granian does not do are done here:
 - Granian waits without limit for a request's body. So more threads read than work, no client gets all of them (see
   `ActiveReads`), the kernel probes connections, and a worker whose reading threads are all blocked is replaced.
 - Granian asks a streamed response for its next piece in one of the reading threads, and closes it when a piece cannot
-  be sent. So there is one more thread for every stream, and each stream writes a heartbeat.
+  be sent. So there is one more thread for every stream, and each stream writes a heartbeat. All other responses stay in
+  memory until their clients have read them, so large ones are limited, see `memory.py`.
 
 Weakness: a client that stalls on purpose keeps its thread. Without a key it gets only a few, so that nobody but those
 who log in from its address has to wait; a key gets half of them. On the open internet, run the server behind a proxy
@@ -40,13 +41,16 @@ from granian.server.mp import MPServer
 
 from provider_image.errors import ConfigError, MlgError
 from server.address import reachable_host
+from server.api.responses import exception_response
 from server.app import create_app, get_context
-from server.auth.guard import check_exposure
+from server.auth.guard import CLIENT, check_exposure
 from server.auth.home_secret import read_home_secret
 from server.context import Context
+from server.errors import TooManyDownloads
 from server.http_client import HttpClient
 from server.intake.uploads import ActiveThreads
 from server.live.sse import STREAMED
+from server.memory import MAX_DOWNLOADS, SMALL_BYTES, Downloads
 from server.settings import ServerSettings
 from server.webhooks import Deliverer
 from store.store import Store
@@ -179,8 +183,8 @@ class _GranianServer(MPServer):
         # The reading end becomes readable in the workers when no process holds the writing end any more.
         self._stop_reader, self._stop_writer = os.pipe()
         self._private_fds = {each: _file_identity(each) for each in (self._stop_writer, *private_fds)}
-        # Each stream and each held read keeps a thread, which must not be one of those that read bodies.
-        waiting = settings.max_streams + settings.max_held_reads
+        # Each stream, held read and large response keeps a thread, which must not be one of those that read bodies.
+        waiting = settings.max_streams + settings.max_held_reads + MAX_DOWNLOADS
         super().__init__(
             "mlg",
             address=host,
@@ -237,7 +241,7 @@ class _GranianServer(MPServer):
         settings = self._settings
         store = Store(settings)
         app = create_app(settings, store)
-        active_requests = ActiveThreads()
+        active_requests, downloads = ActiveThreads(), Downloads()
         deliverer = Deliverer(store, http_client=HttpClient(allows_private=settings.allows_private_webhooks))
         deliverer.start()
         watched = (get_context(app), deliverer, active_requests)
@@ -245,15 +249,23 @@ class _GranianServer(MPServer):
 
         def application(environ: dict[str, Any], start_response: Any) -> Any:
             with active_requests.track():
-                # As a list the response is sent in one piece, and is complete when this returns.
                 response = app(environ, start_response)
                 if environ.get(STREAMED):
                     # Granian reads it piece by piece, and closes it at its end or when the client has disconnected.
                     return response
                 try:
-                    return [b"".join(response)]
+                    body = b"".join(response)
                 finally:
                     response.close()  # type: ignore[attr-defined]
+                # As a list the response is sent in one piece.
+                if len(body) <= SMALL_BYTES:
+                    return [body]
+                download = downloads.start(body, environ.get(CLIENT))
+                if download is not None:
+                    return download
+                if environ["REQUEST_METHOD"] != "GET":
+                    return [body]  # the work is done; only few of these are large
+                return exception_response(TooManyDownloads())(environ, start_response)
 
         return application
 

@@ -2,14 +2,13 @@
 
 Called by the views. Uploads were only checked by their header, so decoding may fail here. It is done in a few processes
 with limits on memory and time, and its results are kept beside the images, so a page of images costs little the second
-time. Threads that wait for a process are limited, so that uploads always find free ones.
+time. Threads that wait for a process are limited, so that uploads always find free ones, also for each client.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from provider_image.decoders import DecoderPool
 from provider_image.errors import BadInput, BrokenImage, ChunkTimeout, DecodingUnavailable, MlgError, WorkerDied
 from provider_image.images.thumbnails import SHEET_PIXELS
+from server.auth.limits import FairSlots
 from store.errors import ImageGone, StoreError
 from store.images import THUMBNAIL_SIDES, ImageStore
 
@@ -37,31 +37,32 @@ _MAX_LINE = 64
 class Thumbnails:
     """Thumbnails of the images of a home.
 
-    :param max_waiting: how many threads may wait for a process.
+    :param max_waiting: how many threads may wait for a process, shared fairly by the clients.
     """
 
     def __init__(self, images: ImageStore, max_waiting: int) -> None:
         self._images = images
-        self._slots = threading.BoundedSemaphore(max_waiting)
+        self._slots = FairSlots(max_waiting)
         self._pool = DecoderPool(_WORKERS, limit_seconds=_IMAGE_SECONDS)
         weakref.finalize(self, self._pool.close)
 
-    def get(self, sha256: str, side: int) -> bytes:
+    def get(self, sha256: str, side: int, *, client: str | None = None) -> bytes:
         """Return an image as a JPEG that fits into a square of `side` pixels.
 
+        :param client: as for `FairSlots`.
         :raises ImageGone: it was deleted.
         :raises BadInput: it cannot be decoded.
         :raises DecodingUnavailable: too many threads wait already, or no process can be started.
         """
         data = self._read(sha256, side)
         if data is None:
-            with self._slot():
+            with self._slot(client):
                 data = self._make(sha256, side)
         if not data:
             raise BrokenImage("The image cannot be decoded. Open it in full size, or save it again and send that file.")
         return data
 
-    def sheet(self, cells: Sequence[tuple[str | None, Sequence[str]]]) -> bytes:
+    def sheet(self, cells: Sequence[tuple[str | None, Sequence[str]]], *, client: str | None = None) -> bytes:
         """Make a PNG of images with lines of text below; a grey square stands for one that cannot be shown.
 
         :param cells: the hash of an image, or None, and its lines.
@@ -69,7 +70,7 @@ class Thumbnails:
         """
         give_up_at = time.monotonic() + _SHEET_SECONDS
         shown: list[tuple[str | None, list[str]]] = []
-        with self._slot():
+        with self._slot(client):
             for sha256, lines in cells:
                 data = None
                 if sha256 is not None:
@@ -84,13 +85,11 @@ class Thumbnails:
                 raise DecodingUnavailable("An image of the sheet is not there any more. Try again.") from error
 
     @contextlib.contextmanager
-    def _slot(self) -> Iterator[None]:
-        if not self._slots.acquire(blocking=False):
-            raise DecodingUnavailable("Too many images are being decoded. Try again in a moment.")
-        try:
+    def _slot(self, client: str | None) -> Iterator[None]:
+        with self._slots.holding(client) as is_held:
+            if not is_held:
+                raise DecodingUnavailable("Too many images are being decoded. Try again in a moment.")
             yield
-        finally:
-            self._slots.release()
 
     def _read(self, sha256: str, side: int) -> bytes | None:
         """Return a thumbnail that was made before, empty if the image cannot be decoded; None if there is none."""

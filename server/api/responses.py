@@ -68,6 +68,12 @@ def _error_response(error: MlgError) -> flask.Response:
         return _internal_error(error)
     if isinstance(error, StoreError | ModelError):
         log.error("%s: %s", error.code, error.reason, extra={"path": flask.request.path})
+    return exception_response(error)
+
+
+def exception_response(error: MlgError) -> flask.Response:
+    """Build the response of an error that has a status; needs no request."""
+    status = http_status(type(error))
     is_temporary = status in (503, 507) or type(error) in RETRY_AFTER_SECONDS
     seconds = retry_after_seconds(type(error)) if is_temporary else None
     headers = {} if seconds is None else {"Retry-After": str(seconds)}

@@ -41,6 +41,8 @@ from store.requests import RequestRecord
 log = logging.getLogger(__name__)
 
 _EXTENSION = "mlg_access"
+#: In the environment of a request: the id of its key, or None.
+CLIENT = "mlg.client"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -215,6 +217,7 @@ class Guard:
         if response.status_code == 401:
             response.headers["WWW-Authenticate"] = 'Bearer realm="mlg"'
         key = current_key()
+        flask.request.environ[CLIENT] = current_key_id()
         if key is None or "minute_limit" not in flask.g:
             return response
         try:

@@ -56,9 +56,9 @@ class _MinuteGrants:
 
 
 class FairSlots:
-    """Slots of one server process, for example to read bodies, that its clients share.
+    """Slots of one server process, for example to read bodies, that its clients share; or bytes, each of them a slot.
 
-    A client gets another slot only while it holds fewer than are free: one alone takes at most half of them, and what
+    A client gets more only if it then holds no more than are free: one alone takes at most half of them, and what
     several take always leaves some to the next.
     """
 
@@ -67,24 +67,24 @@ class FairSlots:
         self._free = max(1, capacity)
         self._held: Counter[str | None] = Counter()
 
-    def acquire(self, client: str | None) -> bool:
-        """Take a slot, without waiting for one.
+    def acquire(self, client: str | None, count: int = 1) -> bool:
+        """Take slots, without waiting for them.
 
         :param client: None if all callers are one client, as on a server without keys; it may take all slots.
-        :return: whether there is one for this client.
+        :return: whether there are so many for this client.
         """
         with self._lock:
-            if self._free <= (0 if client is None else self._held[client]):
+            if self._free - count < (0 if client is None else self._held[client]):
                 return False
-            self._free -= 1
-            self._held[client] += 1
+            self._free -= count
+            self._held[client] += count
             return True
 
-    def release(self, client: str | None) -> None:
-        """Give back a slot that the client has taken."""
+    def release(self, client: str | None, count: int = 1) -> None:
+        """Give back slots that the client has taken."""
         with self._lock:
-            self._free += 1
-            self._held[client] -= 1
+            self._free += count
+            self._held[client] -= count
             if not self._held[client]:
                 del self._held[client]
 

@@ -148,10 +148,10 @@ class Intake:
         self._work_slots = work_slots
         self._clock = clock
         # Fetching one image takes seconds and a batch of them minutes, so neither may hold up every thread.
-        self._fetch_slots = threading.BoundedSemaphore(settings.server_threads)
+        self._fetch_slots = FairSlots(settings.server_threads)
         # A batch keeps a work slot for long, so all together get half of them, and one client half of that.
         self._batch_slots = FairSlots(settings.server_threads // 2)
-        self._batch_fetch_slots = threading.BoundedSemaphore(max(1, settings.server_threads // 4))
+        self._batch_fetch_slots = FairSlots(settings.server_threads // 4)
 
     def read_image(self, request: Request, model: str | None) -> ReceivedImage:
         """Read one image, the body's or the URL of one in its JSON, or the other inputs that the model takes.
@@ -191,7 +191,11 @@ class Intake:
         """
         submission, upload = received.submission, received.upload
         if received.url is not None:
-            with _slot(self._fetch_slots, "Too many images are being fetched already. Send the URL again later."):
+            with _slot(
+                self._fetch_slots,
+                submission.key_id,
+                "Too many images are being fetched already. Send the URL again later.",
+            ):
                 data = self._stager.fetch(received.url, self._settings.fetch_seconds)
             first = primary_input(submission.service)
             upload = replace(upload, inputs={first: data, **upload.inputs}, name=name_from_url(received.url))
@@ -265,7 +269,11 @@ class Intake:
         is_row = service.inputs[primary_input(service)].kind == "row"
         room, is_full = self._room()
         with (
-            _slot(self._batch_fetch_slots, "Too many batches of URLs are being fetched already. Send it again later.")
+            _slot(
+                self._batch_fetch_slots,
+                submission.key_id,
+                "Too many batches of URLs are being fetched already. Send it again later.",
+            )
             if received.kind == "lines" and not is_row
             else self._work_slots
         ):
@@ -374,11 +382,9 @@ def can_build(model: str) -> bool:
 
 
 @contextlib.contextmanager
-def _slot(slots: threading.BoundedSemaphore, message: str) -> Iterator[None]:
-    """Take a slot, without waiting for one. :raises BacklogFull: there is none."""
-    if not slots.acquire(blocking=False):
-        raise BacklogFull(message)
-    try:
+def _slot(slots: FairSlots, client: str | None, message: str) -> Iterator[None]:
+    """Take a slot, without waiting for one. :raises BacklogFull: there is none for this client."""
+    with slots.holding(client) as is_held:
+        if not is_held:
+            raise BacklogFull(message)
         yield
-    finally:
-        slots.release()

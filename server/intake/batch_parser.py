@@ -41,6 +41,7 @@ _MAX_HEADER_BYTES = 64 * 1024
 _MAX_LINE_BYTES = 16 * 1024
 #: A zip's directory: 800 bytes for each of ten thousand entries.
 _MAX_DIRECTORY_BYTES = 8 * 1024 * 1024
+_ENTRY = b"PK\x01\x02"
 _END_OF_DIRECTORY = b"PK\x05\x06"
 _ZIP64_LOCATOR = b"PK\x06\x07"
 _USAGE = (
@@ -230,6 +231,8 @@ def _parts(
         while True:
             event = decoder.next_event()
             if isinstance(event, forms.NeedData):
+                if decoder.state is forms.State.EPILOGUE:
+                    return  # what follows the form is ignored, and must not fill the memory
                 if (
                     decoder.state in (forms.State.PREAMBLE, forms.State.PART)
                     and len(decoder.buffer) > _MAX_HEADER_BYTES
@@ -288,8 +291,13 @@ def _check_directory(file: IO[bytes]) -> None:
     (directory_bytes,) = struct.unpack_from("<L", tail, offset + 12)
     if tail[max(0, offset - 20) : offset].startswith(_ZIP64_LOCATOR):
         raise MalformedRequest("A zip in the ZIP64 format is not accepted. Send several smaller ones.")
+    too_many = TooManyItems("The zip has too many entries, or their names are too long. Send several smaller ones.")
     if directory_bytes > _MAX_DIRECTORY_BYTES:
-        raise TooManyItems("The zip has too many entries, or their names are too long. Send several smaller ones.")
+        raise too_many
+    # The number of entries that a zip states is not what is read, and each becomes an object of half a kilobyte.
+    file.seek(max(0, start + offset - directory_bytes))
+    if file.read(directory_bytes).count(_ENTRY) > 2 * MAX_ITEMS:
+        raise too_many
     file.seek(0)
 
 

@@ -28,6 +28,7 @@ from server.auth.guard import current_key_id, get_guard
 from server.auth.limits import FairSlots
 from server.errors import LengthMissing, TooManyUploads, UnsupportedMediaType
 from server.intake import multipart
+from server.memory import hold_bytes
 
 #: Bytes of a form beside its image: boundaries, headers, and the other fields.
 FORM_ALLOWANCE_BYTES = 64 * 1024
@@ -383,6 +384,7 @@ def _read_body(request: Request, limit: int, max_image_bytes: int, active_reads:
         return b""  # neither a length nor chunks: there is no body
     with active_reads.track():
         if declared is not None:
+            hold_bytes(declared, TooManyUploads())
             body: bytes = stream.read(declared)
             if len(body) < declared:
                 raise _cut_short(len(body), declared)
@@ -397,5 +399,6 @@ def _read_body(request: Request, limit: int, max_image_bytes: int, active_reads:
                 while size < limit + _MAX_DISCARDED_BYTES and (piece := stream.read(_BUFFER_BYTES)):
                     size += len(piece)
                 raise too_many_bytes(max_image_bytes)
+            hold_bytes(len(piece), TooManyUploads())
             pieces.append(piece)
     return b"".join(pieces)

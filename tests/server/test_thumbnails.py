@@ -120,7 +120,7 @@ def test_threads_that_wait_for_thumbnails_are_limited_and_uploads_go_on(
     sent = client.post("/requestPrediction/efficientnet_lite0", data=IMAGE, content_type="image/png").get_json()
     slots = get_context(client.application).thumbnails._slots
     taken = 0
-    while slots.acquire(blocking=False):
+    while slots.acquire(None):
         taken += 1
 
     thumbnail = client.get(f"/requests/{sent['req_id']}/picture?size=160")
@@ -130,6 +130,15 @@ def test_threads_that_wait_for_thumbnails_are_limited_and_uploads_go_on(
     assert (thumbnail.status_code, thumbnail.get_json()["code"]) == (503, "decoding_unavailable")
     assert thumbnail.headers["Retry-After"] == "2"
     assert other.status_code == 202
+
+
+def test_one_client_takes_only_half_of_what_may_wait(thumbnails: Thumbnails, add: Callable[[bytes], str]) -> None:
+    sha256 = add(IMAGE)
+
+    with thumbnails._slot("a"):
+        with pytest.raises(DecodingUnavailable):
+            thumbnails.get(sha256, 160, client="a")
+        assert thumbnails.get(sha256, 160, client="b")
 
 
 def test_processes_end_with_their_owner(store: Store, add: Callable[[bytes], str]) -> None:

@@ -192,7 +192,7 @@ class BatchViews(Views):
             )
             for request in found
         ]
-        sheet = self._context.thumbnails.sheet(cells)
+        sheet = self._context.thumbnails.sheet(cells, client=current_key_id())
         return _download(iter((sheet,)), "image/png")
 
     @_operation("POST /batches/<id>/cancel", "Cancel the queued requests of a batch", Scope.SUBMIT, returns=_BATCH)

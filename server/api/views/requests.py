@@ -13,6 +13,7 @@ from provider_image.models.registry import find_row
 from server.api.query import CURSOR, LIMIT, PageQuery, parse_state, read_query, state_field
 from server.api.responses import json_response
 from server.api.schemas import STATUSES
+from server.auth.guard import current_key_id
 from server.context import Views
 from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_labels, parse_timestamp
@@ -105,7 +106,8 @@ class RequestViews(Views):
         if request.image_deleted_at is not None:
             raise ImageGone()
         is_known = etag in flask.request.if_none_match  # then it is not sent
-        data = b"" if is_known else self._context.thumbnails.get(request.image_sha256, size)
+        client = current_key_id()
+        data = b"" if is_known else self._context.thumbnails.get(request.image_sha256, size, client=client)
         return _file_response(data, "image/jpeg", etag=etag)
 
     @_operation("GET /requests/<id>/files/<name>", "A file of an answer", Scope.READ, errors=(410,), content_type="*/*")
@@ -116,7 +118,9 @@ class RequestViews(Views):
         if name not in request.files:
             raise UnknownFile(f"The answer has no file {name[:64]!r}. Its files: {', '.join(request.files) or 'none'}.")
         file = request.files[name]
-        return _file_response(self._context.read_stored(file.sha256), file.media_type, etag=file.sha256, name=name)
+        return _file_response(
+            self._context.read_stored(file.sha256, file.size_bytes), file.media_type, etag=file.sha256, name=name
+        )
 
     @_operation(
         "POST /requests/<id>/delete",

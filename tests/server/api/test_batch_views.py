@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ import flask.testing
 import pytest
 
 from server.app import create_app
+from server.intake.batch_parser import parse_items
 from server.settings import ServerSettings
 from store.keys import KeyRecord, Scope, hash_key, make_key
 from store.store import Store
@@ -125,6 +127,20 @@ def test_an_archive_may_be_sent_in_a_form(client: flask.testing.FlaskClient) -> 
     assert reply.get_json()["items"][0]["client_id"] == "a.png"
 
 
+def test_what_follows_a_form_is_not_kept_in_memory(tmp_path: Path) -> None:
+    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nbytes\r\n--b--\r\n'
+    file = io.BytesIO(head + bytes(10_000_000))
+    tracemalloc.start()
+    try:
+        items = list(parse_items(file, "form", "b", folder=tmp_path, max_image_bytes=1_000_000, max_bytes=100_000_000))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert [item.data for item in items] == [b"bytes"]
+    assert peak_bytes < 2_000_000
+
+
 @pytest.mark.parametrize("position", [1, 25])
 def test_duplicate_client_ids_are_refused_and_nothing_is_kept(
     client: flask.testing.FlaskClient, stored_state: Callable[[], tuple[list[str], int]], position: int
@@ -146,6 +162,14 @@ def _huge_directory() -> bytes:
     return b"PK\x05\x06" + struct.pack("<HHHHLLH", 0, 0, 1, 1, 2**31, 0, 0)
 
 
+def _many_folders() -> bytes:
+    """A zip that states one entry and has more than a batch may."""
+    entry = zipped(("a/", b""))
+    entry = entry[entry.index(b"PK\x01\x02") : entry.index(b"PK\x05\x06")]
+    directory = entry * 20_001
+    return directory + b"PK\x05\x06" + struct.pack("<HHHHLLH", 0, 0, 1, 1, len(directory), 0, 0)
+
+
 def _zip64_locator() -> bytes:
     return b"PK\x06\x07" + b"\0" * 16 + b"PK\x05\x06" + b"\0" * 18
 
@@ -159,6 +183,7 @@ def _zip64_locator() -> bytes:
         (zipped(("a", b"1"))[:-30], "application/zip", 400, "malformed_request"),
         (_bomb(12), "application/zip", 413, "too_large"),
         (_huge_directory(), "application/zip", 413, "too_many_items"),
+        (_many_folders(), "application/zip", 413, "too_many_items"),
         (_zip64_locator(), "application/zip", 400, "malformed_request"),
         (b"x" * 10_000_001, "application/zip", 413, "too_large"),
         (b"--x\r\n" + b"h: " + b"y" * 200_000, "multipart/form-data; boundary=x", 400, "malformed_request"),
@@ -169,9 +194,9 @@ def _zip64_locator() -> bytes:
         (b'{"url": "https://example.org/a.jpg"}', "application/jsonl", 403, "fetching_is_off"),
     ],
     ids=[
-        "empty-zip", "not-a-zip", "zip-without-members", "cut-zip", "zip-bomb", "huge-zip-directory", "zip64-locator",
-        "too-large", "endless-headers", "form-without-images", "form-without-parts", "form-without-boundary",
-        "one-image", "urls-while-off",
+        "empty-zip", "not-a-zip", "zip-without-members", "cut-zip", "zip-bomb", "huge-zip-directory", "zip-of-folders",
+        "zip64-locator", "too-large", "endless-headers", "form-without-images", "form-without-parts",
+        "form-without-boundary", "one-image", "urls-while-off",
     ],
 )  # fmt: skip
 def test_a_body_that_cannot_be_read_is_refused_as_a_whole(

@@ -8,6 +8,7 @@ from typing import Any
 
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.services import load_service
+from server.errors import BacklogFull
 from server.intake.batch_parser import BatchItem
 from server.intake.staging import MAX_WAITING_BYTES, Stager
 from server.settings import ServerSettings
@@ -37,7 +38,7 @@ def test_few_large_images_of_a_batch_wait_in_memory(settings: ServerSettings, st
         all_read.set()
 
     outcomes = SlowStager(settings, store.images).stage_items(
-        items(), CATALOGUE["efficientnet_lite0"], load_service("classification")
+        items(), CATALOGUE["efficientnet_lite0"], load_service("classification"), room=6, is_full=BacklogFull()
     )
 
     assert [outcome.item.position for outcome in outcomes] == list(range(6))
