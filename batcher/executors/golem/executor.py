@@ -184,20 +184,22 @@ class GolemExecutor:
     async def _open(self) -> None:
         try:
             left = await self._parts.money.left()
-        except BudgetReached:
+        except BudgetReached as error:
             if await asyncio.to_thread(self._parts.money.has_leftovers, self._parts.is_gone):
                 # What is left open counts against the caps until it is settled, and only a session settles it.
-                session = self._new_session(_SMALLEST_ALLOCATION)
-                await session.open(awaits_invoices=True)
-                await session.close(self._settings.settle_seconds)
+                await self._open_session(_SMALLEST_ALLOCATION, awaits_invoices=True)
+                # `start` does not wait for invoices, which come when providers like.
+                self._session_error = error.reason
+                self._first_attempt_done.set()
+                await self._end_session(self._settings.settle_seconds)
             raise
-        session = self._new_session(_DEFAULT_ALLOCATION if left is None else left)
-        await session.open()
-        self._session = session
+        await self._open_session(_DEFAULT_ALLOCATION if left is None else left)
 
-    def _new_session(self, amount: Decimal) -> Session:
+    async def _open_session(self, amount: Decimal, *, awaits_invoices: bool = False) -> None:
         self._sessions += 1
-        return Session(self._parts, number=self._sessions, tag=self._tag, amount=amount)
+        # Before it is open, so that it is closed if this is cancelled meanwhile.
+        self._session = Session(self._parts, number=self._sessions, tag=self._tag, amount=amount)
+        await self._session.open(awaits_invoices=awaits_invoices)
 
     async def _wait_without_session(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -196,6 +196,7 @@ class Session:
         if stopped and self.allocation_id:
             release = self._parts.ledger.release_allocation
             self._parts.ledger_writer.enqueue(release, self.allocation_id, now=datetime.now(UTC))
+        self._golem = None
 
     async def _stop_golem(self) -> None:
         if self._golem.operative:
