@@ -547,6 +547,19 @@ def test_a_late_invoice_of_an_agreement_that_was_written_off_is_paid_within_a_mo
     play(body)
 
 
+def test_an_agreement_that_ended_before_its_killed_batcher_recorded_it_is_paid_too(play: Play) -> None:
+    async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
+        agreement = daemon.agree(f"{TAG}.{(await next_batcher()).name}-1")
+        daemon.agreements[agreement].state = "Terminated"
+        daemon.send_invoice(agreement, "0.01")
+        daemon.now += timedelta(hours=20)
+        await (await next_batcher()).settle()
+
+        assert store.ledger.spent() == daemon.paid() == Decimal("0.01")
+
+    play(body)
+
+
 # Any order of events
 
 CAPS = {"day": "1", "total": "1.5"}
