@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -105,7 +105,7 @@ class GolemExecutor:
     def unavailable_reason(self, model: str) -> str | None:
         if self._session_error is not None:
             return self._session_error
-        denial = self._parts.money.unavailable_reason()
+        denial = self._parts.money.unavailable_reason(model)
         if denial is not None:
             return denial
         pool = self._pools.get(model)
@@ -246,7 +246,8 @@ class GolemExecutor:
         for model, pool in list(self._pools.items()):
             total = sum(len(each.workers) + each.is_starting() for each in self._pools.values())
             # Where agreements expire, one worker more than allowed: it starts while an earlier one still works.
-            pool.step(wanted.get(model, 0), may_replace=total <= self._settings.max_workers)
+            has_earlier = len(pool.current_workers()) < len(pool.workers)
+            pool.step(wanted.get(model, 0), may_start=total < self._settings.max_workers + has_earlier)
             is_idle = not pool.workers and not waiting.get(model)
             if is_idle and time.monotonic() - pool.last_wanted > self._timings.unused_pool_seconds:
                 del self._pools[model]
@@ -271,19 +272,25 @@ class GolemExecutor:
                 if shared[model] < wanted[model] and sum(shared.values()) < max_workers:
                     shared[model] += 1
         is_full = sum(len(pool.workers) for pool in self._pools.values()) >= max_workers
-        if is_full and any(waiting.get(model) and not pool.workers for model, pool in self._pools.items()):
-            self._release_one_worker()
+        short = {each for each, pool in self._pools.items() if waiting.get(each) and len(pool.workers) < shared[each]}
+        if is_full and short:
+            self._release_one_worker(short)
         return shared
 
-    def _release_one_worker(self) -> None:
-        """Stop one worker in favour of a model that has none: an idle one, or one of the model that has most."""
+    def _release_one_worker(self, short: Collection[str]) -> None:
+        """Stop one worker in favour of models that have too few: an idle one of another model.
+
+        Where a model has none: any idle one, or one of the model that has most.
+        """
         pools = sorted(self._pools.values(), key=lambda pool: len(pool.workers), reverse=True)
         workers = [worker for pool in pools for worker in pool.workers]
         if any(worker.is_stopping for worker in workers):
             return
         idle = [worker for worker in workers if worker.is_idle()]
-        crowded = [worker for worker in workers if len(pools[0].workers) > 1 and worker in pools[0].workers]
-        for worker in [*idle, *crowded][:1]:
+        chosen = [worker for worker in idle if worker.model not in short]
+        if any(not self._pools[model].workers for model in short):
+            chosen += [*idle, *(pools[0].workers if len(pools[0].workers) > 1 else ())]
+        for worker in chosen[:1]:
             worker.is_stopping = True
             self._job_queue.notify()
 

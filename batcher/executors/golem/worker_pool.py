@@ -97,10 +97,10 @@ class WorkerPool:
         #: For how many seconds that pays: a start and a chunk.
         self._hire_seconds = 0.0
 
-    def step(self, wanted: int, *, may_replace: bool) -> None:
+    def step(self, wanted: int, *, may_start: bool) -> None:
         """Move one step towards this many workers; called several times per second.
 
-        :param may_replace: whether a worker may be started in place of one of an earlier demand that has not ended.
+        :param may_start: whether the workers of all models are few enough for one more.
         """
         now = time.monotonic()
         if wanted:
@@ -119,11 +119,8 @@ class WorkerPool:
             self._renew(lead)
         if self._search_task is None or self._search_task.done():
             self._search_task = asyncio.create_task(self._search_loop())
-        current = self.current_workers()
-        if len(current) + self.is_starting() >= wanted:
+        if len(self.current_workers()) + self.is_starting() >= wanted or not may_start:
             self._wanted_since = None
-            return
-        if len(current) < len(self.workers) and not may_replace:
             return
         self._wanted_since = self._wanted_since or now
         quiet_seconds = now - max(self._wanted_since, self._negotiated_at)
@@ -397,7 +394,7 @@ class WorkerPool:
     async def _reserve(self, agreements_pool: Any) -> Reservation | None:
         """Reserve what a start may cost with the dearest offer that the budget allows, and remove all dearer ones.
 
-        :return: None: even the cheapest is above the budget. If there is no worker either, all queued jobs end.
+        :return: None: even the cheapest is above the budget. If there is no worker either, the model's jobs end.
         :raises StoreError:
         """
         offers = agreements_pool._offer_buffer
@@ -415,7 +412,7 @@ class WorkerPool:
                 reservation = await self.parts.money.reserve(self.model, amount)
         except BudgetReached as error:
             if not self.workers:
-                self.parts.job_queue.fail_all(error)
+                self.parts.job_queue.fail_all(error, model=self.model)
         for id, buffered in list(offers.items()):
             if reservation is None or self._first_cost(Price.from_offer(buffered.proposal.props)) > reservation.amount:
                 del offers[id]

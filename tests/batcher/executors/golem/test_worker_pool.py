@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from batcher.backoff import Backoff
 from batcher.errors import BudgetReached
 from batcher.executors import Job
+from batcher.executors.golem.executor import GolemExecutor
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.settings import GolemSettings
@@ -59,11 +61,11 @@ def parts(store: Store, tmp_path: Path) -> GolemParts:
     return GolemParts(context, GolemSettings(budget_day=Decimal(1), start_seconds=10.0), EXACT)
 
 
-async def make_pool(parts: GolemParts) -> WorkerPool:
+async def make_pool(parts: GolemParts, model: str = "resnet50") -> WorkerPool:
     parts.ledger_writer.start()
     await parts.money.start()
     session: Any = SimpleNamespace(engine=None, allocation_id="al1")
-    pool = WorkerPool(parts, session, model="resnet50", payload=None)
+    pool = WorkerPool(parts, session, model=model, payload=None)
     pool._demand = PublishedDemand(SimpleNamespace(id="d1", agreements_pool=offers()), 1000.0)
     return pool
 
@@ -94,17 +96,19 @@ def test_if_even_the_cheapest_offer_is_above_the_budget_nothing_is_reserved_and_
         await parts.ledger_writer.close()
 
         assert (reservation, buffered._offer_buffer, store.reservations.list()) == (None, {}, [])
-        assert "may cost up to 1.05 GLM" in str(parts.money.unavailable_reason())
+        assert "may cost up to 1.05 GLM" in str(parts.money.unavailable_reason("resnet50"))
 
     asyncio.run(main())
 
 
-def queue_job(parts: GolemParts, folder: Path, *, items: int = 16, timeout_seconds: float = 60.0) -> QueuedJob:
+def queue_job(
+    parts: GolemParts, folder: Path, *, items: int = 16, timeout_seconds: float = 60.0, model: str = "resnet50"
+) -> QueuedJob:
     chunk = folder / "chunk.zip"
     chunk.touch()
     job = Job(
         chunk_id="one",
-        model="resnet50",
+        model=model,
         items=items,
         chunk=chunk,
         results=folder / "results",
@@ -157,6 +161,77 @@ def test_chunks_whose_first_start_the_budget_does_not_allow_end_with_the_reason_
     asyncio.run(main())
 
 
+def test_a_model_that_costs_too_much_does_not_stop_the_others(parts: GolemParts, tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = await make_pool(parts)
+        queue_job(parts, tmp_path, timeout_seconds=100.0)
+        other = queue_job(parts, tmp_path, timeout_seconds=10.0, model="vgg16")
+
+        await pool._reserve(offers(cheap="0.1"))
+        await parts.ledger_writer.close()
+
+        assert parts.money.unavailable_reason("resnet50") is not None
+        assert parts.money.unavailable_reason("vgg16") is None
+        assert parts.job_queue.queued_jobs() == [other]
+
+    asyncio.run(main())
+
+
+class HandMadeWorker:
+    """A worker that does nothing. :param demand: its agreement expires with that."""
+
+    def __init__(self, model: str, demand: object, *, is_busy: bool) -> None:
+        self.model, self.demand = model, demand
+        self.queued_job = object() if is_busy else None
+        self.is_stopping = False
+
+    def is_idle(self) -> bool:
+        return self.queued_job is None
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_a_renewal_of_one_model_lets_another_exceed_the_maximum_of_workers_by_none(
+    is_busy: bool, parts: GolemParts, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        executor = GolemExecutor(parts.context, settings=GolemSettings(max_workers=2, start_seconds=10.0))
+        executor._parts = parts
+        executor._job_queue = parts.job_queue
+        pools = {model: await make_pool(parts, model) for model in ("resnet50", "vgg16")}
+        executor._pools = pools
+        for pool in pools.values():
+            # Whenever it may start a worker, it has one at once.
+            pool._search_task = asyncio.create_task(asyncio.sleep(1000))
+            pool._has_offers = lambda now: True  # type: ignore[method-assign]
+            pool._start_worker = functools.partial(start_worker, pool)  # type: ignore[method-assign]
+        earlier = PublishedDemand(None, 60.0)
+        old: Any = [HandMadeWorker("resnet50", earlier, is_busy=is_busy) for _ in range(2)]
+        pools["resnet50"].workers.update(old)
+        for _ in range(4):
+            queue_job(parts, tmp_path, model="vgg16")
+        workers = []
+        for _ in range(10):
+            await executor._step_pools(pools["vgg16"].session)
+            await asyncio.sleep(0)
+            workers.append(sum(len(pool.workers) for pool in pools.values()))
+        stopping = [each for each in old if each.is_stopping]
+        pools["resnet50"].workers.difference_update(stopping)
+        for _ in range(10):
+            await executor._step_pools(pools["vgg16"].session)
+            await asyncio.sleep(0)
+        await parts.ledger_writer.close()
+
+        assert set(workers) == {2}
+        assert (len(stopping), len(pools["resnet50"].workers), len(pools["vgg16"].workers)) == (1, 1, 1)
+        assert sum(each.is_stopping for each in old) == (1 if is_busy else 2), "an idle one is no longer needed"
+
+    async def start_worker(pool: WorkerPool) -> None:
+        new: Any = HandMadeWorker(pool.model, pool._demand, is_busy=True)
+        pool.workers.add(new)
+
+    asyncio.run(main())
+
+
 def test_an_agreement_commits_its_own_price_and_may_then_have_an_activity(parts: GolemParts, store: Store) -> None:
     async def main() -> None:
         pool = await make_pool(parts)
@@ -196,7 +271,6 @@ def test_a_demand_is_published_again_only_when_nothing_is_negotiated_and_less_of
     async def main() -> None:
         pool = await make_pool(parts)
         pool._timings = replace(EXACT, stale_demand_backoff=Backoff(first_seconds=20.0, max_seconds=120.0))
-        pool._demand = cast(PublishedDemand, SimpleNamespace(seconds_left=lambda: float("inf")))
         restarts = []
 
         def step(quiet_seconds: float, negotiated_seconds: float = float("inf")) -> bool:
@@ -204,7 +278,7 @@ def test_a_demand_is_published_again_only_when_nothing_is_negotiated_and_less_of
             pool._search_task = asyncio.create_task(asyncio.sleep(1000))
             pool._wanted_since = time.monotonic() - quiet_seconds
             pool._negotiated_at = time.monotonic() - negotiated_seconds
-            pool.step(1, may_replace=False)
+            pool.step(1, may_start=True)
             return bool(pool._search_task.cancelling())
 
         assert not step(19)
