@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -241,6 +242,22 @@ def test_a_home_keeps_its_tag_and_its_allocations_are_recognised_by_their_last_d
     assert is_tagged(amount, tag)
     assert not is_tagged(Decimal("1.5"), tag)
     assert not is_tagged(tagged(Decimal("1.5"), f"{int(tag, 16) + 1:x}"), tag)
+
+
+def test_the_tag_of_a_home_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, synced = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path, path.read_text() if path.is_file() else None))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    file = tmp_path / "work" / "golem-home"
+
+    tag = home_tag(file)
+
+    assert synced == [(file, f"{tag}\n"), (file.parent, None)]
 
 
 class SlowSession:
