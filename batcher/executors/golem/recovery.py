@@ -1,8 +1,8 @@
 """Closes what batchers of this home that no longer run left open: demands, agreements and allocations.
 
-Run by `session.py` at its start, and at its end for its own. Demands and agreements are recognised by the owner
-property of the demand, even if the batcher was killed before it could record them. An allocation has no properties: it
-is recognised by its id in the ledger, or by the last digits of its amount (`tagged`).
+Run by `session.py` at its start and once a minute, and at its end for its own. Demands and agreements are recognised by
+the owner property of the demand, even if the batcher was killed before it could record them. An allocation has no
+properties: it is recognised by its id in the ledger, or by the last digits of its amount (`tagged`).
 """
 
 from __future__ import annotations
