@@ -256,21 +256,22 @@ class GolemExecutor:
                 task.add_done_callback(self._closing.discard)
 
     def _distribute_workers(self, waiting: Mapping[str, int]) -> dict[str, int]:
-        """Return the number of workers for each model: busy ones stay, the rest are distributed round-robin."""
+        """Return the number of workers for each model, distributed round-robin: busy ones, for work, the minimum."""
         now = time.monotonic()
         max_workers = self._settings.max_workers
-        wanted = {}
+        needed, wanted = {}, {}
         for model, pool in self._pools.items():
             if waiting.get(model) or any(worker.queued_job is not None for worker in pool.workers):
                 pool.last_work = now
             busy = sum(not worker.is_idle() for worker in pool.current_workers())
-            needed = busy + min(waiting.get(model, 0), max_workers)
-            wanted[model] = max(needed, pool.min_workers())
+            needed[model] = busy + min(waiting.get(model, 0), max_workers)
+            wanted[model] = max(needed[model], pool.min_workers())
         shared = dict.fromkeys(wanted, 0)
-        while sum(shared.values()) < max_workers and any(shared[model] < wanted[model] for model in wanted):
-            for model in wanted:
-                if shared[model] < wanted[model] and sum(shared.values()) < max_workers:
-                    shared[model] += 1
+        for target in (needed, wanted):
+            while sum(shared.values()) < max_workers and any(shared[model] < target[model] for model in target):
+                for model in target:
+                    if shared[model] < target[model] and sum(shared.values()) < max_workers:
+                        shared[model] += 1
         is_full = sum(len(pool.workers) for pool in self._pools.values()) >= max_workers
         short = {each for each, pool in self._pools.items() if waiting.get(each) and len(pool.workers) < shared[each]}
         if is_full and short:

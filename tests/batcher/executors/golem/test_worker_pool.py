@@ -189,45 +189,73 @@ class HandMadeWorker:
         return self.queued_job is None
 
 
-@pytest.mark.parametrize("is_busy", [True, False])
-def test_a_renewal_of_one_model_lets_another_exceed_the_maximum_of_workers_by_none(
-    is_busy: bool, parts: GolemParts, tmp_path: Path
-) -> None:
-    async def main() -> None:
-        executor = GolemExecutor(parts.context, settings=GolemSettings(max_workers=2, start_seconds=10.0))
-        executor._parts = parts
-        executor._job_queue = parts.job_queue
-        pools = {model: await make_pool(parts, model) for model in ("resnet50", "vgg16")}
-        executor._pools = pools
-        for pool in pools.values():
-            # Whenever it may start a worker, it has one at once.
-            pool._search_task = asyncio.create_task(asyncio.sleep(1000))
-            pool._has_offers = lambda now: True  # type: ignore[method-assign]
-            pool._start_worker = functools.partial(start_worker, pool)  # type: ignore[method-assign]
-        earlier = PublishedDemand(None, 60.0)
-        old: Any = [HandMadeWorker("resnet50", earlier, is_busy=is_busy) for _ in range(2)]
-        pools["resnet50"].workers.update(old)
-        for _ in range(4):
-            queue_job(parts, tmp_path, model="vgg16")
-        workers = []
-        for _ in range(10):
-            await executor._step_pools(pools["vgg16"].session)
-            await asyncio.sleep(0)
-            workers.append(sum(len(pool.workers) for pool in pools.values()))
-        stopping = [each for each in old if each.is_stopping]
-        pools["resnet50"].workers.difference_update(stopping)
-        for _ in range(10):
-            await executor._step_pools(pools["vgg16"].session)
-            await asyncio.sleep(0)
-        await parts.ledger_writer.close()
-
-        assert set(workers) == {2}
-        assert (len(stopping), len(pools["resnet50"].workers), len(pools["vgg16"].workers)) == (1, 1, 1)
-        assert sum(each.is_stopping for each in old) == (1 if is_busy else 2), "an idle one is no longer needed"
+async def two_models(parts: GolemParts, **settings: int) -> tuple[GolemExecutor, WorkerPool, WorkerPool]:
+    """Make an executor of two models whose pools have a worker at once whenever they may start one."""
 
     async def start_worker(pool: WorkerPool) -> None:
         new: Any = HandMadeWorker(pool.model, pool._demand, is_busy=True)
         pool.workers.add(new)
+
+    parts.settings = replace(parts.settings, **settings)  # type: ignore[arg-type]
+    executor = GolemExecutor(parts.context, settings=parts.settings)
+    executor._parts, executor._job_queue = parts, parts.job_queue
+    pools = [await make_pool(parts, model) for model in ("resnet50", "vgg16")]
+    executor._pools = {pool.model: pool for pool in pools}
+    for pool in pools:
+        pool._search_task = asyncio.create_task(asyncio.sleep(1000))
+        pool._has_offers = lambda now: True  # type: ignore[method-assign]
+        pool._start_worker = functools.partial(start_worker, pool)  # type: ignore[method-assign]
+    return executor, *pools
+
+
+async def steps(executor: GolemExecutor) -> set[int]:
+    """Run some steps. :return: how many workers there were after each."""
+    found = set()
+    for _ in range(10):
+        await executor._step_pools(next(iter(executor._pools.values())).session)
+        await asyncio.sleep(0)
+        found.add(sum(len(pool.workers) for pool in executor._pools.values()))
+    return found
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_while_one_model_renews_its_agreements_another_does_not_exceed_the_maximum_of_workers(
+    is_busy: bool, parts: GolemParts, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        executor, renewing, other = await two_models(parts, max_workers=2)
+        old: Any = [HandMadeWorker("resnet50", PublishedDemand(None, 60.0), is_busy=is_busy) for _ in range(2)]
+        renewing.workers.update(old)
+        for _ in range(4):
+            queue_job(parts, tmp_path, model="vgg16")
+
+        counts = await steps(executor)
+        stopping = [each for each in old if each.is_stopping]
+        renewing.workers.difference_update(stopping)
+        counts |= await steps(executor)
+        await parts.ledger_writer.close()
+
+        assert (max(counts), len(stopping)) == (2, 1)
+        assert (len(renewing.workers), len(other.workers)) == (1, 1)
+        assert sum(each.is_stopping for each in old) == (1 if is_busy else 2), "an idle one is no longer needed"
+
+    asyncio.run(main())
+
+
+def test_a_kept_minimum_of_one_model_gives_way_to_the_work_of_another(parts: GolemParts, tmp_path: Path) -> None:
+    async def main() -> None:
+        executor, kept, other = await two_models(parts, max_workers=1, min_workers=1)
+        idle: Any = HandMadeWorker("resnet50", kept._demand, is_busy=False)
+        kept.workers.add(idle)
+        queue_job(parts, tmp_path, model="vgg16")
+
+        await steps(executor)
+        is_stopping = idle.is_stopping
+        kept.workers.discard(idle)
+        await steps(executor)
+        await parts.ledger_writer.close()
+
+        assert (is_stopping, len(kept.workers), len(other.workers)) == (True, 0, 1)
 
     asyncio.run(main())
 
