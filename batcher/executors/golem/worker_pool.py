@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 
 #: Why an agreement is ended; providers receive it.
 _DONE_REASON = {"message": "All work is done", "golem.requestor.code": "Success"}
-#: Attempts to end an agreement; those that remain open are ended with the session.
-_TERMINATE_ATTEMPTS = 3
 #: yapapi needs unique names of jobs within a process.
 _numbers = itertools.count(1)
 
@@ -349,12 +347,16 @@ class WorkerPool:
         """Terminate an agreement that yapapi wrongly considers terminated."""
 
         async def terminate() -> None:
-            for attempt in range(1, _TERMINATE_ATTEMPTS + 1):
+            # It costs as long as it is open; what is still open when the pool closes is ended with the session.
+            for attempt in itertools.count(1):
                 try:
                     await end_agreement(self.session.engine, agreement_id, _DONE_REASON)
-                    return self.parts.money.end_agreement(agreement_id, _DONE_REASON["message"])
+                    self.parts.money.end_agreement(agreement_id, _DONE_REASON["message"])
+                    return
                 except Exception as error:
                     log.info("an agreement for %s could not be terminated yet: %s", self.model, explain(error))
+                    if getattr(error, "status", None) == 404:  # nor will it be
+                        return
                 await asyncio.sleep(self._timings.terminate_backoff.after(attempt))
 
         self._keep(asyncio.create_task(terminate()))

@@ -17,6 +17,7 @@ import pytest
 from batcher.backoff import Backoff
 from batcher.errors import BudgetReached
 from batcher.executors import Job
+from batcher.executors.golem import worker_pool
 from batcher.executors.golem.executor import GolemExecutor
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.parts import GolemParts
@@ -271,6 +272,32 @@ def test_an_agreement_commits_its_own_price_and_may_then_have_an_activity(parts:
 
         assert pool._hire is None
         assert [(each.agreement_id, each.amount) for each in store.reservations.list()] == [("a1", Decimal("0.2"))]
+
+    asyncio.run(main())
+
+
+def test_an_agreement_that_the_daemon_does_not_end_is_ended_as_soon_as_it_does(
+    parts: GolemParts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter([OSError("the daemon is busy")] * 9)
+
+    async def end(*_: object) -> None:
+        for failure in failures:
+            raise failure
+
+    monkeypatch.setattr(worker_pool, "end_agreement", end)
+
+    async def main() -> None:
+        pool = await make_pool(parts)
+        pool._timings = replace(EXACT, terminate_backoff=Backoff(first_seconds=0.001, max_seconds=0.001))
+        pool._hire = await pool._reserve(offers(cheap="0.1"))
+        pool._commit(agreement("a1", "0.1"))
+
+        pool._terminate_with_retries("a1")
+        await asyncio.gather(*pool._background)
+        await parts.ledger_writer.close()
+
+        assert store.ledger.agreements(is_open=True) == []
 
     asyncio.run(main())
 
