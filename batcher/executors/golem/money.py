@@ -21,6 +21,7 @@ from batcher.errors import BudgetReached
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import Price
 from batcher.executors.golem.timings import GolemTimings
+from store.decisions import BillKind
 from store.errors import StoreBusy
 from store.ledger import AgreementRecord
 from store.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
@@ -77,6 +78,7 @@ class Money:
         self.ledger_writer = ledger_writer
         self.ledger = store.ledger
         self.reservations = store.reservations
+        self.decisions = store.decisions
         self.owner = owner
         self.timings = timings
         self.clock = clock
@@ -164,10 +166,17 @@ class Money:
                 self.reservations.set_caps(batcher_id, {})
 
     def write_off(self, unsettled: Iterable[AgreementRecord]) -> None:
-        """Write off those agreements that ended so long ago that no bill is expected any more. Called in a thread."""
+        """Write off those agreements that ended so long ago that no bill is expected any more. Called in a thread.
+
+        Those with an invoice that is to be paid are left out, though it could not be paid yet.
+        """
         now = self.clock()
         before = now - timedelta(seconds=self.timings.write_off_seconds)
         ids = [each.id for each in unsettled if each.ended_at is not None and each.ended_at < before]
+        if ids:
+            unfinished = self.decisions.unfinished()
+            owed = {each.agreement_id for each in unfinished if each.kind is BillKind.INVOICE and not each.is_refused}
+            ids = [id for id in ids if id not in owed]
         written_off = self.ledger.write_off(ids, now=now) if ids else []
         if written_off:
             log.warning("%d agreements were never billed and are written off", len(written_off))
