@@ -208,7 +208,9 @@ class PaymentProcessor:
         if since is None:  # all invoices that may be open, whenever they came
             late = started_at - timedelta(seconds=self._timings.late_invoice_seconds)
             written_off = await asyncio.to_thread(self._ledger.written_off, since=late)
-            since = min((each.created_at for each in (*unsettled, *written_off)), default=started_at)
+            # A killed batcher may not have recorded its last agreement.
+            recent = started_at - timedelta(seconds=self._timings.write_off_seconds)
+            since = min([recent, *(each.created_at for each in (*unsettled, *written_off))])
         calls, cursor, is_full = self._calls[BillKind.INVOICE], since - _LATE_EVENTS, True
         while is_full:
             cursor, is_full = await self._read_events(calls, cursor, timeout=0)

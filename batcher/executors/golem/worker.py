@@ -329,7 +329,7 @@ class GolemWorker:
             self.is_stopping = True
             if not is_second_attempt:
                 queued_job.complete(Outcome.not_run(error))
-            job_queue.fail_all(error)
+            job_queue.fail_all(error, model=self.model)
             return False
         except BaseException as error:
             # Also when the worker is stopped meanwhile: the job must not be lost.

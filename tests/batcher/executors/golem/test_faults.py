@@ -429,6 +429,22 @@ def test_agreements_and_allocations_are_closed_although_the_daemon_cannot_list_a
     play(body, provider("alpha"), faults=(fault("http-500", path="GET /market-api/v1/agreements"),))
 
 
+def test_a_batcher_ends_the_agreements_of_another_that_is_killed_meanwhile(play: Play) -> None:
+    async def body(harness: GolemHarness) -> None:
+        async with aiohttp.ClientSession() as http:
+            other = Requestor(harness.devnet, http)
+            await other.allocate("0.1")
+            tag = (harness.work.parent / "golem-home").read_text().strip()
+            id = await other.agree(await other.subscribe(**{OWNER: f"{tag}.other001-1"}))
+            agreements = harness.devnet.market.agreements
+            await until(lambda: agreements[id].state == "Terminated")
+        await until(lambda: harness.store.ledger.agreements(is_open=True) == [])
+
+        assert [each.id for each in harness.store.ledger.agreements()] == [id]
+
+    play(body, provider("alpha"), timings=replace(SHORT, recover_again_seconds=0.2))
+
+
 def test_an_invoice_that_comes_after_the_end_is_paid_by_the_next_batcher(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")
