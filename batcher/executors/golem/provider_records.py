@@ -73,6 +73,8 @@ class ProviderRecords:
         self._recent: dict[tuple[str, str], tuple[float, str | None]] = {}
         #: Address -> failures in a row.
         self._failures: dict[str, int] = {}
+        #: Addresses of providers that have not succeeded since a call for an activity of theirs failed.
+        self._unclear: set[str] = set()
         #: Address -> when its offer was recorded, and the price.
         self._offers: dict[str, tuple[float, Price]] = {}
 
@@ -106,6 +108,7 @@ class ProviderRecords:
     def record_success(self, worker: GolemWorker, *, images: int, seconds: float) -> None:
         """Record that a provider answered a chunk. :param images: those that it has computed."""
         self._failures.pop(worker.provider_id, None)
+        self._unclear.discard(worker.provider_id)
         self._record_work(worker, images, seconds, is_failure=False)
         if images:
             self.speeds[worker.model][worker.provider_id] = images / max(1e-3, seconds)
@@ -117,6 +120,16 @@ class ProviderRecords:
         self._ban(worker.provider_id, reason, self._ban_backoff.after(failures_in_a_row))
         if queued_job is not None:
             queued_job.failed_on.add(worker.provider_id)
+
+    def is_unclear_again(self, provider_id: str) -> bool:
+        """Record a failure for which the daemon may be at fault as well as the provider.
+
+        :return: whether it is not the first in a row: then it counts as the provider's, which would otherwise be hired
+            and paid again and again.
+        """
+        is_again = provider_id in self._unclear
+        self._unclear.add(provider_id)
+        return is_again
 
     def lift_bans(self, queued_job: QueuedJob) -> None:
         """Lift the bans caused by a chunk that failed on several providers."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -40,6 +40,8 @@ _MAX_RESULTS_BYTES = 64 * 1024 * 1024
 _COPY_BYTES = 1024 * 1024
 #: Limit for attempts of any kind, those that failed through this machine or the daemon included.
 _MAX_ATTEMPTS = 10
+#: What yapapi raises when it cannot make sense of what the daemon returned, which may be what the provider sent.
+_UNREADABLE = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
 #: How long a call that hangs is waited for when the worker ends.
 _HANGING_SECONDS = 2.0
 
@@ -61,6 +63,8 @@ class AttemptFailure:
     is_provider_fault: bool
     #: True when the local file server can no longer be used.
     is_file_server_fault: bool = False
+    #: True when the daemon responds, but its call for the activity failed: its own fault, or what the provider sent it.
+    is_unclear: bool = False
 
 
 class GolemWorker:
@@ -364,6 +368,8 @@ class GolemWorker:
         is_over = queued_job is not None and queued_job.outcome.done()
         if is_over and not failure.is_provider_fault:
             return  # stopped because it is no longer needed, which is no failure
+        if failure.is_unclear and self._parts.provider_records.is_unclear_again(self.provider_id):
+            failure = replace(failure, is_provider_fault=True)
         log.warning(
             "provider %s failed: %s", self.provider_name, failure.error, extra={"agreement_id": self.agreement_id}
         )
@@ -421,7 +427,7 @@ def _check_size(received: Path) -> int:
 
 def _classify_error(error: Exception, what: str) -> AttemptFailure:
     """Return what an exception of yapapi means, and whose fault it is. :param what: the step that failed, as a verb."""
-    name = type(error).__name__
+    name, status = type(error).__name__, getattr(error, "status", None)
     if isinstance(error, MlgError):
         found = error
     elif name == "BatchTimeoutError":
@@ -432,12 +438,15 @@ def _classify_error(error: Exception, what: str) -> AttemptFailure:
     elif name == "BatchError":
         parts = " ".join(str(each) for each in error.args if each)
         found = WorkerDied(f"The provider ended the activity: {parts[:300]}")
-    elif name in ("ProtocolError", "TransportError", "JSONDecodeError", "BrokenPipeError") or "gftp" in str(error):
+    elif name in ("ProtocolError", "TransportError", "JSONDecodeError", "BrokenPipeError") or (
+        "gftp" in str(error) and status is None  # what the daemon answers may quote the provider
+    ):
         broken = GolemUnavailable(f"The file server gftp failed: {explain(error)}. It is restarted.")
         return AttemptFailure(error=broken, is_provider_fault=False, is_file_server_fault=True)
-    elif isinstance(error, OSError) and getattr(error, "filename", None):
+    elif isinstance(error, FileNotFoundError):
         found = MalformedResults(f"The results file was not downloaded: {error.strerror}.")
     else:
         failed = GolemUnavailable(f"A call to the Golem daemon failed: {explain(error)}.")
-        return AttemptFailure(error=failed, is_provider_fault=False)
+        is_unclear = status not in (None, 401) or isinstance(error, _UNREADABLE)
+        return AttemptFailure(error=failed, is_provider_fault=False, is_unclear=is_unclear)
     return AttemptFailure(error=found, is_provider_fault=True)

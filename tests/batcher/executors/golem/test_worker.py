@@ -1,15 +1,18 @@
-"""How a worker takes over the results of a chunk."""
+"""How a worker takes over the results of a chunk, and whose fault a failure is."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
 from pathlib import Path
 
 import pytest
 
+from batcher.errors import GolemUnavailable
 from batcher.executors import Job
 from batcher.executors.golem.job_queue import QueuedJob
-from batcher.executors.golem.worker import _accept_results
+from batcher.executors.golem.worker import _accept_results, _classify_error
 from provider_image.errors import MalformedResults
 
 
@@ -58,3 +61,43 @@ async def test_results_that_fail_the_check_leave_nothing(tmp_path: Path) -> None
         _accept_results(received, QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future()))
 
     assert list(tmp_path.iterdir()) == [received]
+
+
+def api_exception(status: int, message: str) -> Exception:
+    """Make what yapapi raises when the daemon answers with an error."""
+    error = Exception(f"({status})\nHTTP response body: {message}")
+    error.status, error.body = status, json.dumps({"message": message})  # type: ignore[attr-defined]
+    return error
+
+
+def test_what_the_daemon_quotes_of_a_provider_is_no_failure_of_the_file_server() -> None:
+    failure = _classify_error(api_exception(500, "Remote service error: gftp: no such file"), "run the chunk")
+
+    assert not failure.is_file_server_fault
+    assert _classify_error(RuntimeError("gftp ended"), "run the chunk").is_file_server_fault
+
+
+@pytest.mark.parametrize(
+    ("error", "is_unclear"),
+    [
+        (api_exception(500, "GSB error: endpoint address not found"), True),
+        (api_exception(401, "no such key"), False),
+        (AssertionError("Expected 0, got 5"), True),
+        (AttributeError("'NoneType' object has no attribute 'lower'"), True),
+        (ConnectionRefusedError("refused"), False),
+        (TimeoutError(), False),
+        (OSError(errno.EMFILE, "Too many open files", "/work/x.part"), False),
+    ],
+)
+def test_a_failed_call_is_unclear_if_the_daemon_responds(error: Exception, is_unclear: bool) -> None:
+    failure = _classify_error(error, "run the chunk")
+
+    assert (failure.is_provider_fault, failure.is_unclear) == (False, is_unclear)
+    assert isinstance(failure.error, GolemUnavailable)
+
+
+def test_results_that_never_came_are_the_fault_of_the_provider(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        (tmp_path / "received.part").stat()
+
+    assert _classify_error(caught.value, "run the chunk").is_provider_fault
