@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +42,7 @@ from tests.batcher.conftest import MODEL, TableExecutor
 from tests.contexts import make_context
 from tests.decode_gate import DECODE_GATE
 from tests.process_tree import children, command_line, is_alive
-from tests.timing import wait_until
+from tests.timing import slowness, wait_until
 
 ROOT = Path(__file__).parents[2]
 INPUT = CATALOGUE["efficientnet_lite0"]
@@ -248,6 +249,23 @@ def test_the_inputs_of_a_chunk_are_tried_as_a_worker_does(tmp_path: Path, models
     assert found[0] is None
     assert isinstance(found[1], NotAnImage)
     assert isinstance(found[2], WorkerDied)
+
+
+def test_an_input_is_tried_while_all_processes_are_busy_with_resizing(
+    tmp_path: Path, models_folder: Path, resizer: Any
+) -> None:
+    shared, gate, held, chunk = resizer(workers=1), tmp_path / "gate", tmp_path / "held.png", tmp_path / "chunk.zip"
+    held.write_bytes(small_image() + b"HOLD:" + str(gate).encode())
+    write_chunk(chunk, "c", "classification", MODEL, None, [ChunkItem(number=0, inputs={"image": small_image()})])
+    with ThreadPoolExecutor(2) as threads:
+        resizing = threads.submit(shared.resize, INPUT, [{"image": held}])
+        wait_until(Path(f"{gate}.begun").exists)
+        trying = threads.submit(shared.try_item, chunk, models_folder, 0)
+        try:
+            assert trying.result(60 * slowness()) is None
+        finally:
+            gate.touch()
+        assert isinstance(resizing.result()[0], dict)
 
 
 # What is sent

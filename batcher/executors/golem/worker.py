@@ -178,23 +178,29 @@ class GolemWorker:
             until.append(self._timings.receive_poll_seconds)
         if self._deadline is not None:
             until.append(self._deadline + self._timings.overtime_seconds - time.monotonic())
-        if self.is_idle():
+        if self._is_waiting():
             until.append(self._cover_left() - self._cover_seconds / 4)
         return max(0.05, min(until))
 
     # Money
 
+    def _is_waiting(self) -> bool:
+        """Return whether its provider has nothing to do but is paid: it is idle, or its results are being checked."""
+        is_checking = self.queued_job is not None and self._deadline is None
+        return self.is_idle() or (is_checking and not self.is_stopping)
+
     def _cover_left(self) -> float:
         return self.reservation.covered_seconds - self.reservation.seconds()
 
     async def _cover_idling(self) -> None:
-        """Reserve more while it idles, and end it when the budget does not allow that."""
-        if not self.is_idle() or self._cover_left() > self._cover_seconds / 4:
+        """Reserve more while it waits, and end it when the budget does not allow that."""
+        if not self._is_waiting() or self._cover_left() > self._cover_seconds / 4:
             return
         try:
             await self.reservation.extend(self.reservation.seconds() + self._cover_seconds)
         except BudgetReached as error:
             log.info("the worker of provider %s ends: %s", self.provider_name, error)
+            self.is_stopping = True
             if self.queued_job is None:
                 self._pool.give_up_minimum()
                 self.abort.set()
@@ -259,8 +265,10 @@ class GolemWorker:
                 yield script
                 # Before the results are checked: they must not change afterwards.
                 await stop_receiving(engine, script)
-                self._received, is_receiving = None, False
-                images = await asyncio.to_thread(_accept_results, received, queued_job)
+                # The provider has done its part: how long the check takes here is not held against it.
+                self._received, self._deadline, is_receiving = None, None, False
+                async with self._parts.checks:
+                    images = await asyncio.to_thread(_accept_results, received, queued_job)
             except Exception as error:
                 self._finish_attempt()
                 failure = _classify_error(error, "run the chunk")

@@ -6,13 +6,16 @@ import asyncio
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from batcher.errors import GolemUnavailable
+from batcher.errors import BudgetReached, GolemUnavailable
 from batcher.executors import Job
 from batcher.executors.golem.job_queue import QueuedJob
-from batcher.executors.golem.worker import _accept_results, _classify_error
+from batcher.executors.golem.timings import GolemTimings
+from batcher.executors.golem.worker import GolemWorker, _accept_results, _classify_error
 from provider_image.errors import MalformedResults
 
 
@@ -101,3 +104,43 @@ def test_results_that_never_came_are_the_fault_of_the_provider(tmp_path: Path) -
         (tmp_path / "received.part").stat()
 
     assert _classify_error(caught.value, "run the chunk").is_provider_fault
+
+
+class FakeReservation:
+    """The reservation of an agreement that has used up what is reserved; counts how often it is extended."""
+
+    def __init__(self, denial: BudgetReached | None = None) -> None:
+        self.agreement, self.price = SimpleNamespace(provider_name="alpha"), SimpleNamespace()
+        self.covered_seconds, self.extensions, self._denial = 0.0, 0, denial
+
+    def seconds(self) -> float:
+        return 1.0
+
+    async def extend(self, seconds: float) -> None:
+        self.extensions += 1
+        if self._denial is not None:
+            raise self._denial
+
+
+@pytest.mark.parametrize("denial", [None, BudgetReached("It is used up.")])
+async def test_money_is_reserved_while_results_are_checked_until_the_budget_denies_it(
+    denial: BudgetReached | None,
+) -> None:
+    parts = SimpleNamespace(timings=GolemTimings(), settings=SimpleNamespace(start_seconds=10.0))
+    reservation: Any = FakeReservation(denial)
+    pool: Any = SimpleNamespace(model="vgg16", parts=parts)
+    worker = GolemWorker(
+        pool, Any, SimpleNamespace(provider_id="0xa1fa", _agreement=SimpleNamespace(id="ag1"), id="ac1"), reservation
+    )
+    worker.start_seconds, worker.queued_job = 1.0, Any
+
+    worker._deadline = 1.0
+    await worker._cover_idling()
+    assert reservation.extensions == 0, "the chunk is reserved as a whole"
+    worker._deadline = None
+    await worker._cover_idling()
+    await worker._cover_idling()
+
+    assert reservation.extensions == (2 if denial is None else 1)
+    assert worker.is_stopping == (denial is not None), "it takes no further chunk"
+    assert not worker.abort.is_set(), "the results are still checked"
