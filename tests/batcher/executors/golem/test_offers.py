@@ -15,6 +15,7 @@ from batcher.executors.golem.offers import BadOffer, Price, provider_name
 from batcher.executors.golem.provider_records import EXPECTED_IMAGES, ProviderRecords
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timings import GolemTimings, idle_seconds
+from store.amounts import EXACT, to_amount, total
 from store.store import Store
 
 MODEL = "efficientnet_lite0"
@@ -71,6 +72,9 @@ def test_a_price_is_read_from_an_offer_whatever_the_order_of_its_counters() -> N
         {"golem.com.pricing.model.linear.coeffs": "free"},
         {"golem.com.usage.vector": ["golem.usage.cpu_sec", "golem.usage.moonlight"]},
         {"golem.com.usage.vector": None},
+        {"golem.com.usage.vector": ["golem.usage.duration_sec", "golem.usage.duration_sec"]},
+        {"golem.com.pricing.model.linear.coeffs": ["1e999999", 0.1, 0.1]},
+        {"golem.com.pricing.model.linear.coeffs": [float("inf"), 0.1, 0.1]},
     ],
 )
 def test_an_offer_with_unreadable_prices_is_rejected(change: dict[str, Any], provider_records: ProviderRecords) -> None:
@@ -78,6 +82,16 @@ def test_an_offer_with_unreadable_prices_is_rejected(change: dict[str, Any], pro
         Price.from_offer(offer(**change))
 
     assert provider_records.rate_offer(MODEL, "0x1", offer(**change)) < 0
+
+
+@pytest.mark.parametrize("tiny", [1e-300, "1e-999999", "0.1" + "1" * 1000])
+def test_a_price_of_many_digits_leaves_sums_exact(tiny: object) -> None:
+    price = Price.from_offer(offer(**{"golem.com.pricing.model.linear.coeffs": [tiny, tiny, tiny]}))
+
+    cost = GolemTimings().cost_limit(price, 12.345678)
+
+    assert total([cost, Decimal(10**9)]) == EXACT.add(cost, Decimal(10**9))
+    assert len(to_amount(price.second)) < 50
 
 
 async def test_a_chunk_without_a_computed_image_does_not_change_the_speed(provider_records: ProviderRecords) -> None:
