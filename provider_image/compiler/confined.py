@@ -98,7 +98,7 @@ def build(
         while line := process.stdout.readline(_MAX_LINE_BYTES):
             message = _parse(line)
             if "step" in message:
-                on_step("".join(filter(str.isprintable, str(message["step"])))[:200])
+                on_step(_printable(message["step"])[:200])
             else:
                 reply = message
         status = process.wait()
@@ -115,12 +115,16 @@ def build(
     if is_done:
         return read_artefact(models / name)
     if reply is not None and isinstance(reply.get("error"), dict):
-        raise error_from_reply(reply["error"])
+        raise error_from_reply({**reply["error"], "reason": _printable(reply["error"].get("reason"))})
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
     raise CompilationFailed(
         f"The process that builds {name} {how}. It may use {max_bytes / 1e9:.1f} GB of memory and {max_cpu_seconds} s "
         "of processor time: the model needs more than that, or its file is damaged."
     )
+
+
+def _printable(text: object) -> str:
+    return "".join(filter(str.isprintable, str(text)))
 
 
 def _parse(line: bytes) -> dict[str, Any]:
