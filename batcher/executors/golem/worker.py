@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
@@ -259,7 +260,8 @@ class GolemWorker:
             if queued_job is None:
                 return
             started_at = time.monotonic()
-            received = self._received = self._parts.context.work / f"{self.activity_id[:8]}-{self.chunks}.part"
+            # Not named after the activity, whose id the provider chooses.
+            received = self._received = self._parts.context.work / f"{secrets.token_hex(8)}.part"
             script, is_receiving = self._script(queued_job, received), True
             try:
                 yield script

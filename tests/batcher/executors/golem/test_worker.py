@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from batcher.errors import BudgetReached, GolemUnavailable
 from batcher.executors import Job
-from batcher.executors.golem.job_queue import QueuedJob
+from batcher.executors.golem.job_queue import JobQueue, QueuedJob
 from batcher.executors.golem.timings import GolemTimings
 from batcher.executors.golem.worker import GolemWorker, _accept_results, _classify_error
 from provider_image.errors import MalformedResults
@@ -144,3 +145,48 @@ async def test_money_is_reserved_while_results_are_checked_until_the_budget_deni
     assert reservation.extensions == (2 if denial is None else 1)
     assert worker.is_stopping == (denial is not None), "it takes no further chunk"
     assert not worker.abort.is_set(), "the results are still checked"
+
+
+async def test_results_are_received_in_the_own_folder_whatever_the_activity_is_called(tmp_path: Path) -> None:
+    (tmp_path / "chunk.zip").touch()
+    job = Job(
+        chunk_id="c1",
+        model="vgg16",
+        items=1,
+        chunk=tmp_path / "chunk.zip",
+        results=tmp_path / "results.zip",
+        timeout_seconds=60,
+    )
+    job_queue, downloads = JobQueue(), list[str]()
+    job_queue.put(QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future()))
+    parts = SimpleNamespace(
+        timings=GolemTimings(),
+        settings=SimpleNamespace(start_seconds=10.0, idle_seconds=10.0),
+        context=SimpleNamespace(work=tmp_path / "work"),
+        job_queue=job_queue,
+        chunk_seconds=lambda job, speed: 60.0,
+        provider_records=SimpleNamespace(speed=lambda model, provider_id: None),
+    )
+    script = SimpleNamespace(
+        **{name: lambda *_: None for name in ("deploy", "start", "upload_file", "run")},
+        download_file=lambda source, target: downloads.append(target),
+        _commands=(),
+    )
+    activity: Any = SimpleNamespace(
+        provider_id="0xa1fa",
+        _agreement=SimpleNamespace(id="ag1"),
+        id="/tmp/../etc/cron.d/x",
+        new_script=lambda timeout: script,
+    )
+    pool: Any = SimpleNamespace(model="vgg16", parts=parts, release_earlier_worker=lambda: None)
+    reservation: Any = FakeReservation()
+    reservation.lower, reservation.price.second = (lambda seconds: None), Decimal(0)
+    worker = GolemWorker(pool, SimpleNamespace(seconds_left=lambda: 1000.0), activity, reservation)  # type: ignore[arg-type]
+
+    scripts = worker._scripts(None)
+    await anext(scripts)
+    await scripts.asend(None)
+    await scripts.aclose()
+
+    (target,) = downloads
+    assert (Path(target).parent, Path(target).suffix) == (tmp_path / "work", ".part")
