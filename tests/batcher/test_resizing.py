@@ -31,7 +31,7 @@ from batcher.scheduler import Batcher
 from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from provider_image.chunk import ChunkItem, open_chunk, write_chunk
-from provider_image.errors import BadInput, ChunkTimeout, ConfigError, NotAnImage, WorkerDied
+from provider_image.errors import BadInput, ChunkTimeout, ConfigError, InferenceFailed, NotAnImage, WorkerDied
 from provider_image.images.resizing import resize as resize_image
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelFacts
@@ -48,7 +48,8 @@ ROOT = Path(__file__).parents[2]
 INPUT = CATALOGUE["efficientnet_lite0"]
 #: Loaded by every decoder. An image that ends in POISON ends its process, as a bug in a decoder may. One that ends in
 #: HOLD:PATH creates PATH.begun with the process's id when it begins, and waits until PATH exists. One that ends in LOCK
-#: hangs and holds the GIL. One that ends in HALF sends the beginning of a message and hangs, and no alarm ends it.
+#: hangs and holds the GIL. One that ends in SOCKET takes control of its process and opens a socket. One that ends in
+#: HALF sends the beginning of a message and hangs, and no alarm ends it.
 PLUGIN = (
     DECODE_GATE
     + """
@@ -57,6 +58,8 @@ import ctypes
 def decode(data, *arguments, plain=imaging.decode, **options):
     if bytes(data).endswith(b"POISON"):
         os._exit(139)
+    if bytes(data).endswith(b"SOCKET"):
+        __import__("socket").socket()
     if bytes(data).endswith(b"LOCK"):
         print("locked", file=__import__("sys").stderr, flush=True)
         ctypes.PyDLL(None).sleep(1000)
@@ -233,6 +236,12 @@ def test_a_model_that_is_built_on_first_use_gets_the_same_pixels(harness: Any, t
 
     assert found[0][1] == found[1][1]
     assert [found[0][0], found[1][0]] == [find_artefact(harness.models, MODEL).digest, None]
+
+
+def test_an_image_that_takes_control_of_its_process_opens_no_socket(tmp_path: Path, resizer: Any) -> None:
+    (found,) = resize(resizer(), tmp_path, small_image() + b"SOCKET")
+
+    assert isinstance(found, InferenceFailed) and "PermissionError" in found.reason
 
 
 # Inputs that a stranger refused
