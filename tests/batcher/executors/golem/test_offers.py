@@ -12,7 +12,7 @@ import pytest
 
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import BadOffer, Price, provider_name
-from batcher.executors.golem.provider_records import EXPECTED_IMAGES, ProviderRecords
+from batcher.executors.golem.provider_records import _MAX_FORGIVEN, EXPECTED_IMAGES, ProviderRecords
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timings import GolemTimings, idle_seconds
 from store.amounts import EXACT, to_amount, total
@@ -263,3 +263,21 @@ def test_an_idle_worker_is_kept_until_idling_has_cost_as_much_as_a_start() -> No
     assert idle_seconds(price, start_seconds=2.0, max_seconds=60.0) == 12.0
     assert idle_seconds(price, start_seconds=2.0, max_seconds=5.0) == 5.0
     assert idle_seconds(Price.from_offer(offer(second=0.0)), start_seconds=2.0, max_seconds=60.0) == 60.0
+
+
+async def test_providers_that_only_ever_fail_together_stay_banned(provider_records: ProviderRecords) -> None:
+    workers: list[Any] = [SimpleNamespace(model=MODEL, provider_id=each) for each in ("0x1", "0x2", "0x3")]
+
+    def fail_everywhere() -> set[str]:
+        """Let a chunk fail on all providers. :return: those that are banned then."""
+        queued_job: Any = SimpleNamespace(failed_on=set(), proven_wrong=set())
+        for worker in workers:
+            provider_records.record_failure(worker, queued_job, "It fails.", 1.0)
+        provider_records.lift_bans(queued_job)
+        return set(provider_records.banned)
+
+    for _ in range(_MAX_FORGIVEN):
+        assert fail_everywhere() == set(), "the chunk may be at fault"
+    provider_records.record_success(workers[0], images=16, seconds=1.0)
+
+    assert fail_everywhere() == {"0x2", "0x3"}
