@@ -26,8 +26,8 @@ _CPU, _DURATION = "golem.usage.cpu_sec", "golem.usage.duration_sec"
 THREADS = 1
 
 
-#: Highest price that is read, in GLM.
-_MAX_PRICE = 10**9
+#: Highest price that is read, in GLM, and the decimal places that are kept of one, which costs multiply.
+_MAX_PRICE, _PRICE_PLACES = 10**9, 40
 
 
 class BadOffer(MlgError):
@@ -92,7 +92,7 @@ def _parse_price(value: Any) -> Decimal:
     price = Decimal(str(value))
     if not price.is_finite() or not 0 <= price <= _MAX_PRICE:
         raise ValueError(f"{str(value)[:40]} is no price")
-    return bounded(price)
+    return bounded(price, _PRICE_PLACES)
 
 
 def describe_offer(properties: Mapping[str, Any], provider_id: str) -> tuple[str, Price]:

@@ -54,6 +54,8 @@ _MAX_SETTLING = 16
 _NOT_AGREED = "It demands payment before the end of the agreement, which was not agreed."
 #: Why a bill is refused whose amount is negative, not a number, or has so many digits that sums would not be exact.
 _NO_AMOUNT = "Its amount cannot be added to others."
+#: Most decimal places of the amount of a bill. Products of two floats, written exactly, have some hundred.
+_MAX_PLACES = 150
 #: Statuses of bills at the daemon.
 _PAYABLE, _PAID, _REJECTED, _CANCELLED = ("RECEIVED", "FAILED"), ("ACCEPTED", "SETTLED"), "REJECTED", "CANCELLED"
 
@@ -351,7 +353,7 @@ class PaymentProcessor:
 
     def _describe(self, calls: _Calls, bill: Any) -> DecisionRecord:
         """Return the decision to pay a bill."""
-        amount = bounded(_amount(calls, bill))
+        amount = bounded(_amount(calls, bill), _MAX_PLACES)
         return DecisionRecord(
             bill_id=getattr(bill, calls.id_name),
             kind=calls.kind,

@@ -326,7 +326,7 @@ def test_an_amount_that_would_spoil_every_sum_is_refused(play: Play, amount: str
         for each in (strange, other):
             daemon.now += timedelta(seconds=10)
             await batcher.end(each)
-        refused, paid = daemon.send_invoice(strange, amount), daemon.send_invoice(other, "0.01")
+        refused, paid = daemon.send_invoice(strange, amount), daemon.send_invoice(other, "0.01" + "1" * 140)
         await batcher.settle()
 
         (decision,) = store.decisions.refused()
