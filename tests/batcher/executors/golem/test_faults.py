@@ -240,6 +240,20 @@ def test_a_chunk_is_answered_elsewhere_whatever_step_fails(play: Play) -> None:
     play(body, *plans, attempts=5, max_workers=1)
 
 
+def test_a_provider_whose_calls_fail_again_and_again_is_not_hired_without_end(play: Play) -> None:
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        await close(harness)
+
+        assert (outcome.error, outcome.provider) == (None, "beta")
+        assert approved_providers(harness) == ["alpha", "alpha", "beta"]
+        assert list(banned(harness)) == ["alpha"]
+
+    plans = increasingly_expensive(("alpha", ()), ("beta", ()))
+    fails_twice = fault("http-500", path="GET /activity-api/v1/activity/*/exec/*", times=2)
+    play(body, *plans, faults=(fails_twice,), max_workers=1)
+
+
 WRONG_RESULTS = ("garbage", "truncate", "oversize", "wrong-digest", "swap-results")
 
 

@@ -318,6 +318,26 @@ def play(store: Store, tmp_path: Path) -> Callable[[Body], None]:
 Play = Callable[[Body], None]
 
 
+@pytest.mark.parametrize("amount", ["-1", "nan", "0.01" + "0" * 250 + "1", "1e-999999", "1e999999"])
+def test_an_amount_that_would_spoil_every_sum_is_refused(play: Play, amount: str) -> None:
+    async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
+        batcher = await next_batcher(day="1")
+        strange, other = await batcher.hire(), await batcher.hire()
+        for each in (strange, other):
+            daemon.now += timedelta(seconds=10)
+            await batcher.end(each)
+        refused, paid = daemon.send_invoice(strange, amount), daemon.send_invoice(other, "0.01" + "1" * 140)
+        await batcher.settle()
+
+        (decision,) = store.decisions.refused()
+        assert decision.bill_id == refused and len(f"{decision.amount:f} {decision.reason}") < 200
+        bills = [call for call in daemon.calls if call[0] in ("reject_invoice", "accept_invoice")]
+        assert sorted(bills) == [("accept_invoice", paid), ("reject_invoice", refused)]
+        assert await batcher.hire() is not None, "the budget can still be computed"
+
+    play(body)
+
+
 def test_a_refused_invoice_is_never_paid_and_the_daemon_is_told(play: Play) -> None:
     async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
         batcher = await next_batcher()
