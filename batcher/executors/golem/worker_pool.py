@@ -190,6 +190,7 @@ class WorkerPool:
     def _renew(self, lead: float) -> None:
         """Make a new demand; the workers of the earlier one go on until others take their place."""
         if self._demand is not None:
+            log.info("the demand for %s is renewed", self.model)
             self._earlier_demands.append(self._demand)
             if self._search_task is not None:
                 self._search_task.cancel()
