@@ -107,6 +107,14 @@ def serve(
     server.run()
 
 
+def request_threads(settings: ServerSettings) -> int:
+    """Count the threads that the requests of one process may take."""
+    # Each stream, held read and large response keeps a thread, which must not be one of those that read bodies.
+    waiting = settings.max_streams + settings.max_held_reads + MAX_DOWNLOADS
+    # Some are left for all that neither reads a body nor waits, `/healthz` for example.
+    return settings.reading_threads + waiting + settings.server_threads
+
+
 def listen(host: str, port: int, *, retry_seconds: float = 0.0) -> socket.socket:
     """Open the listening socket.
 
@@ -183,8 +191,6 @@ class _GranianServer(MPServer):
         # The reading end becomes readable in the workers when no process holds the writing end any more.
         self._stop_reader, self._stop_writer = os.pipe()
         self._private_fds = {each: _file_identity(each) for each in (self._stop_writer, *private_fds)}
-        # Each stream, held read and large response keeps a thread, which must not be one of those that read bodies.
-        waiting = settings.max_streams + settings.max_held_reads + MAX_DOWNLOADS
         super().__init__(
             "mlg",
             address=host,
@@ -193,10 +199,9 @@ class _GranianServer(MPServer):
             http=HTTPModes.http1,
             websockets=False,
             workers=settings.server_processes,
-            # Some are left for all that neither reads a body nor waits, `/healthz` for example.
-            blocking_threads=settings.reading_threads + waiting + settings.server_threads,
+            blocking_threads=request_threads(settings),
             backlog=CONNECTIONS,
-            backpressure=CONNECTIONS + waiting,
+            backpressure=CONNECTIONS + request_threads(settings),
             http1_settings=HTTP1Settings(header_read_timeout=int(HEADER_SECONDS * 1000)),
             log_level=LogLevels.error,
             # Granian's own handlers write to stdout; its messages go to the log of the server instead.
