@@ -11,7 +11,7 @@ application. Four things that granian does not do are done here:
   `ActiveReads`), the kernel probes connections, and a worker whose reading threads are all blocked is replaced.
 - Granian asks a streamed response for its next piece in one of the reading threads, and closes it when a piece cannot
   be sent. So there is one more thread for every stream, and each stream writes a heartbeat. All other responses stay in
-  memory until their clients have read them, so large ones are limited, see `memory.py`.
+  memory until their clients have read them, so large ones are limited, see `auth/memory.py`.
 
 Weakness: a client that stalls on purpose keeps its thread. Without a key it gets only a few, so that nobody but those
 who log in from its address has to wait; a key gets half of them. On the open internet, run the server behind a proxy
@@ -45,12 +45,12 @@ from server.api.responses import exception_response
 from server.app import create_app, get_context
 from server.auth.guard import CLIENT, check_exposure
 from server.auth.home_secret import read_home_secret
+from server.auth.memory import MAX_DOWNLOADS, SMALL_BYTES, Downloads
 from server.context import Context
 from server.errors import TooManyDownloads
 from server.http_client import HttpClient
 from server.intake.uploads import ActiveThreads
 from server.live.sse import STREAMED
-from server.memory import MAX_DOWNLOADS, SMALL_BYTES, Downloads
 from server.settings import ServerSettings
 from server.webhooks import Deliverer
 from store.store import Store
