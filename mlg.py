@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> Any:
         status = cli.main(args=arguments, prog_name="mlg", standalone_mode=False)
     except MlgError as error:
         _show_traceback()
-        click.echo(f"mlg: {error.reason}", err=True)
+        # It may quote a file or a provider, whose control characters the terminal would obey.
+        reason = "".join(each if each.isprintable() or each == "\n" else " " for each in error.reason)
+        click.echo(f"mlg: {reason}", err=True)
         status = 2 if isinstance(error, ConfigError) else 1
     except click.ClickException as error:
         error.show()

@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 #: Chunks that are resized and packed at the same time.
 MAX_PACKING_THREADS = 4
+#: Chunks whose outcome is decided at the same time; that may wait for decoders too.
+_MAX_RESOLVING = 2
 
 
 def now_utc() -> datetime:
@@ -100,6 +102,7 @@ class Cycle:
         self._try_item = try_item
         # Separate threads: packing that waits for decoders must not delay the renewal of leases.
         self._packers = None if resizer is None else ThreadPoolExecutor(MAX_PACKING_THREADS, thread_name_prefix="pack")
+        self._resolving = asyncio.Semaphore(_MAX_RESOLVING)
         self._batcher_id = batcher_id
         self._wake = asyncio.Event()
         self._is_flushing = False
@@ -278,14 +281,15 @@ class Cycle:
             finally:
                 self._slots_taken -= 1
                 self._wake.set()
-            chunk_outcome = await asyncio.to_thread(
-                resolve_chunk,
-                packed,
-                outcome,
-                self._settings.models,
-                try_item=self._try_item,
-                is_stopping=self._is_stopping,
-            )
+            async with self._resolving:
+                chunk_outcome = await asyncio.to_thread(
+                    resolve_chunk,
+                    packed,
+                    outcome,
+                    self._settings.models,
+                    try_item=self._try_item,
+                    is_stopping=self._is_stopping,
+                )
         except OSError as error:
             # A full disk or a missing folder is no item's fault. But an image on a bad sector (EIO) must not block its
             # chunk for ever.

@@ -1,7 +1,8 @@
 """Decodes images in separate processes: resizes them to a model's input, and tries what a provider refused.
 
 Made by `batcher.scheduler`, called by `batcher.packing` and `batcher.results` in threads. The processes are those of
-`provider_image.decoders`, up to MLG_WORKERS of them, started when the first image comes.
+`provider_image.decoders`, up to MLG_WORKERS of them, started when the first image comes. There are others for what was
+refused: a provider waits, and is paid, while that is tried.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ class Resizer:
     def __init__(
         self, workers: int, *, environment: Mapping[str, str] | None = None, limit_seconds: float = JOB_TIMEOUT_SECONDS
     ) -> None:
-        self._pool = DecoderPool(workers, environment=environment, limit_seconds=limit_seconds)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="resize")
+        self._pool, self._tries = (
+            DecoderPool(workers, environment=environment, limit_seconds=limit_seconds) for _ in range(2)
+        )
+        self._threads, self._try_threads = (ThreadPoolExecutor(workers, name) for name in ("resize", "try"))
         self._is_closed = False
-        #: Lists the running processes.
-        self.pids = self._pool.pids
+
+    def pids(self) -> list[int]:
+        """List the running processes."""
+        return [*self._pool.pids(), *self._tries.pids()]
 
     def resize(self, model: ModelFacts, items: Iterable[Mapping[str, Path]]) -> list[DecoderResult]:
         """Resize items in parallel, and wait for all of them.
@@ -47,7 +52,8 @@ class Resizer:
         """
         size = {"height": model.height, "width": model.width, "crop": model.crop}
         inputs = ({name: str(path) for name, path in item.items()} for item in items)
-        return self._run([{"do": "resize", "options": size, "inputs": each} for each in inputs])
+        jobs = [{"do": "resize", "options": size, "inputs": each} for each in inputs]
+        return self._run(self._threads, self._pool, jobs)
 
     def try_item(self, chunk: Path, models: Path, number: int) -> MlgError | None:
         """Decode the inputs of an item of a chunk file as a worker does.
@@ -57,12 +63,14 @@ class Resizer:
         :raises ResizingUnavailable: as `resize`.
         """
         options = {"chunk": str(chunk), "models": str(models), "number": number}
-        (found,) = self._run([{"do": "try", "options": options, "inputs": {}}])
+        (found,) = self._run(self._try_threads, self._tries, [{"do": "try", "options": options, "inputs": {}}])
         return found if isinstance(found, MlgError) else None
 
-    def _run(self, jobs: Iterable[Mapping[str, Any]]) -> list[DecoderResult]:
+    def _run(
+        self, threads: ThreadPoolExecutor, pool: DecoderPool, jobs: Iterable[Mapping[str, Any]]
+    ) -> list[DecoderResult]:
         try:
-            return list(self._threads.map(self._pool.run, jobs))
+            return list(threads.map(pool.run, jobs))
         except DecodingUnavailable as error:
             raise ResizingUnavailable(error.reason) from error
         except RuntimeError as error:
@@ -73,9 +81,12 @@ class Resizer:
     def close(self) -> None:
         """Kill the processes and wait for them; calls of `resize` raise. May be called twice."""
         self._is_closed = True
-        self._pool.retire()
-        self._threads.shutdown()
-        self._pool.close()
+        for pool in (self._pool, self._tries):
+            pool.retire()
+        for threads in (self._threads, self._try_threads):
+            threads.shutdown()
+        for pool in (self._pool, self._tries):
+            pool.close()
 
 
 def is_resizing(settings: BatcherSettings, executor: Executor) -> bool:

@@ -23,13 +23,16 @@ class OneLineFormatter(logging.Formatter):
     """`2026-11-20T12:00:00.123Z INFO batcher.cycle chunk answered chunk_id=1a2b items=16`"""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record on one line; line breaks in it, as in tracebacks, are written as `\\n`."""
+        """Format a record on one line, with escapes for line breaks, as in tracebacks, and all that is not printable.
+
+        A record may quote a provider or a client, whose control characters the terminal would obey.
+        """
         moment = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
         extra = "".join(f" {name}={value}" for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES)
         line = f"{moment} {record.levelname} {record.name} {record.getMessage()}{extra}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
-        return line.replace("\r", "\\r").replace("\n", "\\n")
+        return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
 
 
 def configure_logging(level: str | None = None) -> None:

@@ -58,7 +58,7 @@ def _to_cell(value: object) -> str:
         return local_time(value)
     if isinstance(value, Decimal):
         return format_amount(value)
-    return "" if value is None else str(value)
+    return "" if value is None else "".join(each if each.isprintable() else " " for each in str(value))
 
 
 def width() -> int:

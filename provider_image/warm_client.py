@@ -70,6 +70,7 @@ def run(
     if runtime_root is None:
         make_private_folder(folder.parent)
     make_private_folder(folder)
+    make_private_folder(socket_path(folder).parent)  # elsewhere if the path is long
     options = ["--models", str(models.absolute()), "--threads", str(threads or available_cores())]
     options += ["--precision", precision, "--idle-seconds", f"{keep_warm_seconds:g}"]
     with _connect_or_start(folder, options) as connection:

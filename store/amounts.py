@@ -20,6 +20,8 @@ ROUNDED = Context(prec=200, rounding=ROUND_HALF_EVEN)
 #: The last decimal that a table shows of an amount; `--json` gives all.
 _DISPLAY_STEP = Decimal("0.000001")
 ZERO = Decimal(0)
+#: The highest amount that is taken from a stranger, with whose decimal places sums remain within EXACT.
+_MAX_AMOUNT = Decimal(10**12)
 
 
 def total(amounts: Iterable[Decimal]) -> Decimal:
@@ -28,6 +30,21 @@ def total(amounts: Iterable[Decimal]) -> Decimal:
     for amount in amounts:
         result = EXACT.add(result, amount)
     return result
+
+
+def bounded(amount: Decimal, places: int) -> Decimal:
+    """Return the nearest amount that can be stored and added up, for one that a stranger wrote.
+
+    A text as short as 1e-999999 has a million digits, and one amount like that would make every sum inexact.
+
+    :param places: most decimal places, at most 150.
+    """
+    if not amount.is_finite() or amount <= 0:
+        return ZERO
+    if amount >= _MAX_AMOUNT:
+        return _MAX_AMOUNT
+    rounded = amount.quantize(Decimal(1).scaleb(-places), context=ROUNDED)
+    return amount if rounded == amount else rounded
 
 
 def to_amount(amount: Decimal) -> str:

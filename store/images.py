@@ -88,9 +88,9 @@ class ImageStore:
     def create(self) -> None:
         """Create the folders. :raises StoreUnavailable: they cannot be created."""
         try:
-            self._staging.mkdir(parents=True, exist_ok=True)
-            self.published_folder.mkdir(exist_ok=True)
-            self._thumbnails.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for each in (self._staging, self.published_folder, self._thumbnails):
+                each.mkdir(exist_ok=True, mode=0o750)
             sync_folder(self.folder)
         except OSError as error:
             raise as_store_error(error, self.folder) from error

@@ -9,6 +9,8 @@ one disk; beyond that it needs a database server.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
 import time
 
@@ -77,6 +79,10 @@ class Store:
         """
         try:
             self._settings.home.mkdir(parents=True, exist_ok=True, mode=0o750)
+            with contextlib.suppress(FileExistsError):
+                # SQLite would let everybody read it, and takes its mode for the files beside it. A home that was there
+                # before may be open to all users.
+                os.close(os.open(self.database.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640))
         except OSError as error:
             raise as_store_error(error, self._settings.home) from error
         self.images.create()

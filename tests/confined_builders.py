@@ -47,10 +47,10 @@ def crash(models: Path, *, on_step: Step) -> None:
 
 
 def chatter(models: Path, *, on_step: Step) -> None:
-    """Print what is no message, and report a step with a control character."""
+    """Print what is no message, and use control characters in a step and in an error."""
     os.write(1, b"not a message\n{}\n")
     on_step("one\x1b[2J")
-    raise UnsuitableModel(str(sorted(name for name in os.environ if "KEY" in name or "TOKEN" in name)))
+    raise UnsuitableModel("\x1b" + str(sorted(name for name in os.environ if "KEY" in name or "TOKEN" in name)))
 
 
 def lie(models: Path, *, on_step: Step) -> None:

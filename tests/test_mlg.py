@@ -76,6 +76,7 @@ def test_the_error_for_a_mistyped_command_suggests_the_nearest() -> None:
     [
         (DiskFull("The disk is full."), 1, "mlg: The disk is full.\n"),
         (ConfigError("MLG_PORT='x' is no number."), 2, "mlg: MLG_PORT='x' is no number.\n"),
+        (DiskFull("The disk\x1b]0;owned\x07 is full."), 1, "mlg: The disk ]0;owned  is full.\n"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(), 0, ""),
         (click.UsageError("No such thing."), 2, "Error: No such thing.\n"),

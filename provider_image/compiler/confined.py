@@ -15,13 +15,11 @@ import json
 import logging
 import os
 import pickle
-import platform
 import resource
 import signal
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from provider_image.cores import available_memory_bytes
 from provider_image.environment import without_secrets
 from provider_image.errors import CompilationFailed, MlgError, error_from_reply
 from provider_image.models.artefact import Artefact, is_model_name, read_artefact
+from provider_image.system_calls import refuse_sockets
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +43,7 @@ _MAX_FILE_BYTES = 16 * 1024**3
 _MAX_LINE_BYTES = 65_536
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
-# Constants of Linux.
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
-_SECCOMP_MODE_FILTER = 2
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 1  # EPERM
-#: Machine -> its number, and those of socket, io_uring_setup (which opens sockets too), ptrace, process_vm_readv,
-#: process_vm_writev and pidfd_getfd.
-_REFUSED_CALLS = {
-    "x86_64": (0xC000003E, (41, 425, 101, 310, 311, 438)),
-    "aarch64": (0xC00000B7, (198, 425, 117, 270, 271, 438)),
-}
+_PR_SET_PDEATHSIG = 1  # of Linux
 
 
 def memory_limit_bytes() -> int:
@@ -98,7 +88,7 @@ def build(
         while line := process.stdout.readline(_MAX_LINE_BYTES):
             message = _parse(line)
             if "step" in message:
-                on_step("".join(filter(str.isprintable, str(message["step"])))[:200])
+                on_step(_printable(message["step"])[:200])
             else:
                 reply = message
         status = process.wait()
@@ -115,12 +105,16 @@ def build(
     if is_done:
         return read_artefact(models / name)
     if reply is not None and isinstance(reply.get("error"), dict):
-        raise error_from_reply(reply["error"])
+        raise error_from_reply({**reply["error"], "reason": _printable(reply["error"].get("reason"))})
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
     raise CompilationFailed(
         f"The process that builds {name} {how}. It may use {max_bytes / 1e9:.1f} GB of memory and {max_cpu_seconds} s "
         "of processor time: the model needs more than that, or its file is damaged."
     )
+
+
+def _printable(text: object) -> str:
+    return "".join(filter(str.isprintable, str(text)))
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -177,38 +171,8 @@ def _confine(max_bytes: int, max_cpu_seconds: int) -> str | None:
         limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
         # One more until the system kills it: SIGXCPU tells the parent why it ended.
         resource.setrlimit(kind, (limit, limit + 1 if most == resource.RLIM_INFINITY else most))
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if platform.machine() not in _REFUSED_CALLS or struct.calcsize("P") != 8:
-        return f"mlg cannot filter system calls on {platform.machine()}"
-    filters = _call_filter(*_REFUSED_CALLS[platform.machine()])
-    packed = ctypes.create_string_buffer(b"".join(filters))
-    program = ctypes.create_string_buffer(struct.pack("HP", len(filters), ctypes.addressof(packed)))
-    if prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or prctl(
-        _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0
-    ):
-        return os.strerror(ctypes.get_errno())
-    return None
-
-
-def _call_filter(machine: int, calls: Sequence[int]) -> list[bytes]:
-    """Return a program for seccomp that lets these system calls fail with EPERM, also those of other machines."""
-    load, if_equal, if_at_least, end = 0x20, 0x15, 0x35, 0x06
-    refuse = (end, 0, 0, _REFUSE)
-    # It sees the number of the call at 0 and the machine at 4. A test names how many instructions to skip, if it is
-    # true and if it is false; `refuse` is skipped or not. Numbers from 2^30 on are those of another ABI of x86-64.
-    program = [
-        (load, 0, 0, 4),
-        (if_equal, 1, 0, machine),
-        refuse,
-        (load, 0, 0, 0),
-        (if_at_least, 0, 1, 1 << 30),
-        refuse,
-    ]
-    for call in calls:
-        program += [(if_equal, 0, 1, call), refuse]
-    return [struct.pack("HBBI", *one) for one in [*program, (end, 0, 0, _ALLOW)]]
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    return refuse_sockets()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.compiler.installing import begin_artefact, build_folder
+from provider_image.compiler.keras_file import check_weights
 from provider_image.compiler.keras_graph import keras_session, to_graph
 from provider_image.compiler.keras_weights import WeightsFile
 from provider_image.compiler.labels import imagenet_labels
 from provider_image.compiler.verification import verify_and_install
-from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch
+from provider_image.errors import BrokenArtefact, NotInstalled, UnsafeModelFile, WeightsMismatch
 from provider_image.models.artefact import Artefact, compute_digest, find_artefact
 from provider_image.models.catalogue import ModelRow
 from provider_image.precision import TOLERANCE
@@ -53,10 +54,10 @@ def build(
             row, labels=imagenet_labels(), weights_sha256=weights.sha256, recipe=RECIPE, reference="keras"
         )
         if not again:
-            digests = {compute_digest(replace(draft, precision=each)) for each in ("f32", "f16")}
             with contextlib.suppress(NotInstalled, BrokenArtefact):
                 installed = find_artefact(models, row.name)
-                if installed.digest in digests:
+                kept = {name: getattr(installed, name) for name in ("format", "precision", "files")}
+                if compute_digest(replace(draft, **kept)) == installed.digest:
                     return installed
         on_step("starting Keras")
         with keras_session() as keras:
@@ -92,8 +93,10 @@ def keras_predictions(keras: Any, row: ModelRow, network: Any, images: Arrays) -
 def _load_network(keras: Any, row: ModelRow, weights: WeightsFile) -> Any:
     network = getattr(keras.applications, str(row.keras_class))(weights=None)
     try:
+        if not weights.is_published:
+            check_weights(weights.path)
         network.load_weights(str(weights.path))
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError) as error:
+    except (UnsafeModelFile, ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsMismatch(
             f"{weights.path} does not contain the weights of {row.title}: {first_line[:300]}"

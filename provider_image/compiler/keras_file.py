@@ -1,8 +1,9 @@
 """The `.keras` file of a custom model: checked, and copied for Keras from what was checked.
 
-Called by `custom.py`. No code of the file is run and no file that it names is read: the config is compared with lists
-of what is allowed (`keras_config.py`), and weights that refer to other files are refused. Keras loads a copy with
-nothing else in it, so that two readers cannot see different things in one archive. Weakness: the HDF5 library reads
+Called by `custom.py`, and by `keras_applications.py` for weights. No code of the file is run and no file that it names
+is read: the config is compared with lists of what is allowed (`keras_config.py`), and weights that refer to other files
+are refused. Keras loads a copy with nothing else in it, so that two readers cannot see different things in one archive.
+Weakness: the HDF5 library reads
 damaged files, which is why the command runs all of this in a confined process (`confined.py`).
 """
 
@@ -78,7 +79,7 @@ def check_keras_file(path: Path, folder: Path) -> CheckedFile:
             raise _refusal(f"{path.name} is not a valid .keras file ({error}).") from error
     weights, copy = folder / _WEIGHTS_FILE, folder / "checked.keras"
     try:
-        _check_weights(weights)
+        check_weights(weights)
     except UnsafeModelFile as error:
         raise UnsafeModelFile(f"{path.name} is refused. {error.reason}") from error
     with zipfile.ZipFile(copy, "w") as archive:
@@ -126,8 +127,8 @@ def _unpack(source: IO[bytes], path: Path, folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_weights(path: Path) -> None:
-    """Check that an HDF5 file contains only numbers and no references to other files.
+def check_weights(path: Path) -> None:
+    """Check that an HDF5 file contains only numbers and no references to other files, whose bytes would be published.
 
     :raises UnsafeModelFile: it does not; names the entry.
     """

@@ -2,8 +2,9 @@
 
 Used by `batcher.resizing`, which reduces images before they are packed, and by the server's thumbnails. Decoding an
 untrusted image may crash or hang its process, or take all memory, so `__main__.py` does it with limits on memory and
-processor time. Each process has one image at a time, so it is known which image killed it. This is not a
-`ProcessPoolExecutor`, which cannot tell which job broke it and leaves its processes behind when its owner is killed.
+processor time, and without sockets: it reaches neither the network nor the Golem daemon. Each process has one image at
+a time, so it is known which image killed it. This is not a `ProcessPoolExecutor`, which cannot tell which job broke it
+and leaves its processes behind when its owner is killed.
 
 A process and its owner exchange messages over a Unix socket, the process's standard input: one of JSON for each job
 (`do` is the name of the work, `options` its keyword arguments, `inputs` a path by name, and there is `limit_seconds`),

@@ -33,6 +33,7 @@ from provider_image.models.artefact import find_artefact
 from provider_image.runtime import prepare_item
 from provider_image.schemas import MAX_REASON
 from provider_image.services import load_service
+from provider_image.system_calls import refuse_sockets
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ def main() -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # Pillow warns of odd metadata in images, which cannot be fixed here.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    # Before there are other threads. Where it is not possible, there remain the limits.
+    refuse_sockets()
     threading.Thread(target=_exit_with_owner, daemon=True).start()
     _limit_memory()
     with Connection(sys.stdin.fileno()) as owner, contextlib.suppress(EOFError):

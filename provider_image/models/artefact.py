@@ -8,6 +8,7 @@ backend: whether its files are valid is only known when they are loaded.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -139,7 +140,8 @@ def read_artefact(folder: Path) -> Artefact:
     :raises BrokenArtefact: model.json is invalid, or a file is missing or truncated.
     """
     try:
-        raw = (folder / "model.json").read_bytes()[:_MAX_JSON_BYTES]
+        with (folder / "model.json").open("rb") as document:
+            raw = document.read(_MAX_JSON_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _not_installed(folder.name) from error
     except OSError as error:
@@ -152,6 +154,9 @@ def read_artefact(folder: Path) -> Artefact:
                 f"Install it again: {install_command(folder.name)}"
             )
         artefact = _parse(_from_format_2(facts) if facts["format"] == 2 else facts, folder)
+        texts = [each for each in vars(artefact).values() if isinstance(each, str)]
+        if not all(map(str.isprintable, (*texts, *itertools.chain(*artefact.labels)))):
+            raise ValueError("a text has control characters, which a terminal would obey")
         for file in (*artefact.files, *(sample.file for sample in artefact.samples)):
             # A model.json may come from elsewhere, and names in it must not lead out of its folder.
             if not _FILE.fullmatch(file):

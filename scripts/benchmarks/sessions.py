@@ -58,6 +58,8 @@ SETTINGS = {
     "MLG_CHUNK_TIMEOUT_SECONDS": "30",
     "MLG_GOLEM_BAN_SECONDS": "5",
     "MLG_GOLEM_IDLE_SECONDS": "5",
+    "MLG_GOLEM_MAX_WORKERS": "2",
+    "MLG_GOLEM_RENTAL_SECONDS": "60",
     "MLG_LEASE_SECONDS": "3",
     "MLG_GOLEM_SETTLE_SECONDS": "20",
 }
@@ -72,6 +74,7 @@ def write_scenario(path: Path, generator: random.Random, providers: int) -> Path
         text += f'[[faults]]\nkind = "{kind}"\npath = "{call}"\nafter = {generator.randint(1, 5)}\n{occasions}\n'
     for number, name in enumerate(PROVIDER_NAMES[:providers]):
         text += f'[[providers]]\nname = "{name}"\nstart_price = 0.001\nprice_per_second = 0.00002\n'
+        text += "speed = 0.25\n"
         # Two are without a fault, so that every image can be answered.
         for kind in generator.sample(sorted(PROVIDER_FAULTS), 2 if number >= 2 else 0):
             text += f'[[providers.faults]]\nkind = "{kind}"\n{PROVIDER_FAULTS[kind]}\n'
@@ -166,5 +169,7 @@ def main(sessions: int, count: int, providers: int, seed: int) -> None:
                 )
                 how = "killed" if is_killed else "ended"
                 click.echo(f"session {session + 1} of {sessions} {how} after {time.monotonic() - started:.0f} s")
+            renewals = (folder / "batch.log").read_text().count(" is renewed")
+            click.echo(f"renewals of a demand: {renewals}")
             for name, value in compare(home, variables).items():
                 click.echo(f"{name}: {value}")

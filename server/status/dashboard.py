@@ -20,7 +20,7 @@ from typing import Any
 from server.record_json import fields, to_json
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
-from store.amounts import format_amount
+from store.amounts import EXACT, ZERO, format_amount
 from store.batchers import BatcherRecord
 from store.chunks import ChunkRecord
 from store.ledger import AllocationRecord, CostRow
@@ -218,7 +218,7 @@ class Dashboard:
         spending = self.spending.get()
         budget = {name: smallest_budget(batchers, name) for name in ("day", "total")}
         left = {
-            name: None if amount is None else max(Decimal(0), amount - spending.used[name])
+            name: None if amount is None else max(ZERO, EXACT.subtract(amount, spending.used[name]))
             for name, amount in budget.items()
         }
         return {

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ from batcher.scheduler import Batcher
 from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from provider_image.chunk import ChunkItem, open_chunk, write_chunk
-from provider_image.errors import BadInput, ChunkTimeout, ConfigError, NotAnImage, WorkerDied
+from provider_image.errors import BadInput, ChunkTimeout, ConfigError, InferenceFailed, NotAnImage, WorkerDied
 from provider_image.images.resizing import resize as resize_image
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelFacts
@@ -41,13 +42,14 @@ from tests.batcher.conftest import MODEL, TableExecutor
 from tests.contexts import make_context
 from tests.decode_gate import DECODE_GATE
 from tests.process_tree import children, command_line, is_alive
-from tests.timing import wait_until
+from tests.timing import slowness, wait_until
 
 ROOT = Path(__file__).parents[2]
 INPUT = CATALOGUE["efficientnet_lite0"]
 #: Loaded by every decoder. An image that ends in POISON ends its process, as a bug in a decoder may. One that ends in
 #: HOLD:PATH creates PATH.begun with the process's id when it begins, and waits until PATH exists. One that ends in LOCK
-#: hangs and holds the GIL. One that ends in HALF sends the beginning of a message and hangs, and no alarm ends it.
+#: hangs and holds the GIL. One that ends in SOCKET takes control of its process and opens a socket. One that ends in
+#: HALF sends the beginning of a message and hangs, and no alarm ends it.
 PLUGIN = (
     DECODE_GATE
     + """
@@ -56,6 +58,8 @@ import ctypes
 def decode(data, *arguments, plain=imaging.decode, **options):
     if bytes(data).endswith(b"POISON"):
         os._exit(139)
+    if bytes(data).endswith(b"SOCKET"):
+        __import__("socket").socket()
     if bytes(data).endswith(b"LOCK"):
         print("locked", file=__import__("sys").stderr, flush=True)
         ctypes.PyDLL(None).sleep(1000)
@@ -234,6 +238,12 @@ def test_a_model_that_is_built_on_first_use_gets_the_same_pixels(harness: Any, t
     assert [found[0][0], found[1][0]] == [find_artefact(harness.models, MODEL).digest, None]
 
 
+def test_an_image_that_takes_control_of_its_process_opens_no_socket(tmp_path: Path, resizer: Any) -> None:
+    (found,) = resize(resizer(), tmp_path, small_image() + b"SOCKET")
+
+    assert isinstance(found, InferenceFailed) and "PermissionError" in found.reason
+
+
 # Inputs that a stranger refused
 
 
@@ -248,6 +258,23 @@ def test_the_inputs_of_a_chunk_are_tried_as_a_worker_does(tmp_path: Path, models
     assert found[0] is None
     assert isinstance(found[1], NotAnImage)
     assert isinstance(found[2], WorkerDied)
+
+
+def test_an_input_is_tried_while_all_processes_are_busy_with_resizing(
+    tmp_path: Path, models_folder: Path, resizer: Any
+) -> None:
+    shared, gate, held, chunk = resizer(workers=1), tmp_path / "gate", tmp_path / "held.png", tmp_path / "chunk.zip"
+    held.write_bytes(small_image() + b"HOLD:" + str(gate).encode())
+    write_chunk(chunk, "c", "classification", MODEL, None, [ChunkItem(number=0, inputs={"image": small_image()})])
+    with ThreadPoolExecutor(2) as threads:
+        resizing = threads.submit(shared.resize, INPUT, [{"image": held}])
+        wait_until(Path(f"{gate}.begun").exists)
+        trying = threads.submit(shared.try_item, chunk, models_folder, 0)
+        try:
+            assert trying.result(60 * slowness()) is None
+        finally:
+            gate.touch()
+        assert isinstance(resizing.result()[0], dict)
 
 
 # What is sent

@@ -31,6 +31,16 @@ def test_a_record_is_one_line_with_its_extras_even_with_a_traceback() -> None:
     assert "ValueError: odd" in line
 
 
+def test_a_record_has_nothing_that_a_terminal_obeys() -> None:
+    record = logging.makeLogRecord(
+        {"name": "a", "levelname": "WARNING", "msg": "It said \x1b]0;owned\x07.", "id": "\x9b2J"}
+    )
+
+    line = OneLineFormatter().format(record)
+
+    assert line.isprintable() and line.endswith(r"It said \x1b]0;owned\x07. id=\x9b2J")
+
+
 def test_events_of_the_configured_level_go_to_stderr() -> None:
     code = (
         "import logging; from cli.logs import configure_logging; configure_logging()\n"

@@ -75,7 +75,7 @@ def test_curl_receives_413_for_a_large_upload_however_it_is_sent(
 ) -> None:
     server = start_server()
     big = tmp_path / "big.jpg"
-    big.write_bytes(b"\xff\xd8" + os.urandom(10_000_000))
+    big.write_bytes(b"\xff\xd8" + os.urandom(17_000_000))
     url = f"{server.base}/requestPrediction/{MODEL}"
     raw = ("-H", "Content-Type: image/jpeg", "--data-binary", f"@{big}")
     chunks = ("-H", "Transfer-Encoding: chunked")

@@ -197,7 +197,7 @@ def test_a_file_that_is_refused_does_not_stop_the_others(
 ) -> None:
     batcher()
     (folder / "letter.jpg").write_text("Dear kitten")
-    (folder / "huge.jpg").write_bytes(bytes(3_000_000))
+    (folder / "huge.jpg").write_bytes(bytes(17_000_000))
     (folder / "empty.png").touch()
 
     done = submit("--out", tmp_path / "results.jsonl", folder)

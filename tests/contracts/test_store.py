@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from batcher.settings import BatcherSettings
 from store import new_id
 from store.batchers import BatcherRecord
 from store.chunks import ChunkRecord
@@ -293,8 +294,19 @@ def test_a_lease_longer_than_any_is_from_a_clock_that_has_lost_time_and_has_ende
     add(store)
     claim_all(store)
 
-    assert store.requests.release_expired(after(0), lease_now=after(-30)) == 0
-    assert store.requests.release_expired(after(0), lease_now=after(-31)) == 1
+    assert store.requests.release_expired(after(0), lease_now=after(-90)) == 0
+    assert store.requests.release_expired(after(0), lease_now=after(-91)) == 1
+
+
+def test_the_longest_lease_is_not_ended_by_a_batcher_that_read_the_clock_before_it_was_made(store: Store) -> None:
+    add(store)
+    longest = BatcherSettings.from_env({"MLG_LEASE_SECONDS": "59"}).lease_seconds
+    claims = store.requests.claim(
+        models={"resnet50"}, limit=1, now=NOW, lease_ends_at=after(longest), oldest_before=None
+    )
+
+    assert store.requests.release_expired(after(0), lease_now=after(-20)) == 0
+    assert store.requests.renew(claims, lease_ends_at=after(longest)) == {claims[0].number}
 
 
 def test_fail_is_final_at_once(store: Store) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from provider_image import runtime_paths, warm_client
 from provider_image.chunk import read_results
+from provider_image.errors import ConfigError
 from provider_image.warm_client import server_folder
 from tests.decode_gate import DECODE_GATE
 from tests.process_tree import wait_for_work
@@ -196,6 +198,15 @@ def test_item_that_hangs_does_not_block_the_next_run_when_its_own_is_killed(
     following = command("run", chunk, tmp_path / "r.zip", *options)
 
     assert (following.returncode, following.stderr) == (0, "")
+
+
+def test_socket_in_a_folder_that_others_can_access_is_not_used(tmp_path, chunk, models_folder, monkeypatch):
+    shared, place = tmp_path / "shared", tmp_path / ("long" * 30)
+    shared.mkdir(mode=0o755)
+    monkeypatch.setattr(runtime_paths, "user_runtime_folder", lambda: shared)
+
+    with pytest.raises(ConfigError, match="Other users can access"):
+        warm_client.run(chunk, tmp_path / "results.zip", models=models_folder, runtime_root=place)
 
 
 def test_place_of_a_run_may_have_other_uses(tmp_path, chunk, models_folder, runtime_folder):

@@ -67,6 +67,22 @@ def test_three_processes_may_migrate_an_empty_home_at_once(tmp_path: Path) -> No
     assert sorted(printed) == ["0", "0", str(len(STEPS))]
 
 
+def test_other_users_cannot_read_a_home_that_was_open_before(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    umask = os.umask(0o022)
+    try:
+        store = Store(HomeSettings(home=tmp_path, busy_seconds=5.0))
+        store.migrate()
+        add(store)
+    finally:
+        os.umask(umask)
+
+    open_to_all = [path for path in tmp_path.iterdir() if path.stat().st_mode & 0o007]
+    assert (tmp_path / "mlg.db-wal").exists()
+    assert [path.name for path in open_to_all if path.is_file()] == []
+    assert [path.name for path in store.images.folder.iterdir() if path.stat().st_mode & 0o007] == []
+
+
 def test_a_database_of_a_newer_mlg_is_refused(store: Store, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "home" / "mlg.db") as connection:
         connection.execute("INSERT INTO migrations VALUES ('m999_from_the_future', 'x')")

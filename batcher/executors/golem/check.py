@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import http.client
 import json
 import shutil
 import subprocess
@@ -33,6 +34,8 @@ from provider_image.errors import MlgError
 #: yapapi's default.
 _URL = "http://127.0.0.1:7465"
 _CALL_SECONDS, _GFTP_SECONDS, _DOWNLOAD_SECONDS = 15.0, 20.0, 30.0
+#: Longest answer of the daemon that is read: it passes on what a hundred providers offer.
+_MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 #: What the executor allocates if no budget is set.
 _DEFAULT_AMOUNT = Decimal(10)
 #: Providers refuse demands that expire within minutes.
@@ -108,6 +111,9 @@ class GolemCheck:
                 yield from self._check_offers(self._allocation["allocationId"])
         except CallFailed as error:
             yield CheckResult(name="daemon", is_ok=False, finding=f"{error}", remedy="See its log, and check again.")
+        except (LookupError, TypeError, AttributeError) as error:
+            finding = f"What responds at {self._url} answers unlike yagna ({type(error).__name__}: {error})."
+            yield CheckResult(name="daemon", is_ok=False, finding=finding, remedy="Check YAGNA_API_URL.")
         finally:
             if self._allocation is not None:
                 with contextlib.suppress(CallFailed):  # it ends by itself with its timeout
@@ -139,6 +145,11 @@ class GolemCheck:
         yield CheckResult(name="daemon", is_ok=True, finding=finding)
         try:
             self._identity = str(self._call("GET", "/me")["identity"])
+        except (LookupError, TypeError):
+            remedy = "Set YAGNA_API_URL to the address of the daemon."
+            finding = f"What responds at {self._url} is not yagna."
+            yield CheckResult(name="app key", is_ok=False, finding=finding, remedy=remedy)
+            return
         except CallFailed as error:
             remedy = "Set YAGNA_APPKEY to a key of this daemon (yagna app-key list)."
             finding = "The daemon does not accept the app key." if error.status == 401 else str(error)
@@ -158,15 +169,15 @@ class GolemCheck:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=_CALL_SECONDS) as response:
-                text = response.read()
+                text = response.read(_MAX_RESPONSE_BYTES)
                 return json.loads(text) if text.strip() else None
         except urllib.error.HTTPError as error:
             text = error.read(10_000).decode(errors="replace")
             with contextlib.suppress(ValueError, AttributeError):
                 text = str(json.loads(text).get("message") or text)
             raise CallFailed(f"{method} {path}: {' '.join(text.split())[:300]}", error.code) from error
-        except (OSError, ValueError) as error:
-            raise CallFailed(str(getattr(error, "reason", error))) from error
+        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+            raise CallFailed(str(getattr(error, "reason", error)) or type(error).__name__) from error
 
     # Files
 
@@ -372,7 +383,7 @@ def _hash_problem(url: str, image_hash: str) -> str:
         with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as response:
             while block := response.read(1024 * 1024):
                 digest.update(block)
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"{url} cannot be downloaded: {error}."
     found = digest.hexdigest()
     return "" if found == image_hash else f"The file at {url} has the hash {found}, not {image_hash}."

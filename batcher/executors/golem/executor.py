@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -105,7 +105,7 @@ class GolemExecutor:
     def unavailable_reason(self, model: str) -> str | None:
         if self._session_error is not None:
             return self._session_error
-        denial = self._parts.money.unavailable_reason()
+        denial = self._parts.money.unavailable_reason(model)
         if denial is not None:
             return denial
         pool = self._pools.get(model)
@@ -184,20 +184,22 @@ class GolemExecutor:
     async def _open(self) -> None:
         try:
             left = await self._parts.money.left()
-        except BudgetReached:
+        except BudgetReached as error:
             if await asyncio.to_thread(self._parts.money.has_leftovers, self._parts.is_gone):
                 # What is left open counts against the caps until it is settled, and only a session settles it.
-                session = self._new_session(_SMALLEST_ALLOCATION)
-                await session.open(awaits_invoices=True)
-                await session.close(self._settings.settle_seconds)
+                await self._open_session(_SMALLEST_ALLOCATION, awaits_invoices=True)
+                # `start` does not wait for invoices, which come when providers like.
+                self._session_error = error.reason
+                self._first_attempt_done.set()
+                await self._end_session(self._settings.settle_seconds)
             raise
-        session = self._new_session(_DEFAULT_ALLOCATION if left is None else left)
-        await session.open()
-        self._session = session
+        await self._open_session(_DEFAULT_ALLOCATION if left is None else left)
 
-    def _new_session(self, amount: Decimal) -> Session:
+    async def _open_session(self, amount: Decimal, *, awaits_invoices: bool = False) -> None:
         self._sessions += 1
-        return Session(self._parts, number=self._sessions, tag=self._tag, amount=amount)
+        # Before it is open, so that it is closed if this is cancelled meanwhile.
+        self._session = Session(self._parts, number=self._sessions, tag=self._tag, amount=amount)
+        await self._session.open(awaits_invoices=awaits_invoices)
 
     async def _wait_without_session(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -244,7 +246,8 @@ class GolemExecutor:
         for model, pool in list(self._pools.items()):
             total = sum(len(each.workers) + each.is_starting() for each in self._pools.values())
             # Where agreements expire, one worker more than allowed: it starts while an earlier one still works.
-            pool.step(wanted.get(model, 0), may_replace=total <= self._settings.max_workers)
+            has_earlier = len(pool.current_workers()) < len(pool.workers)
+            pool.step(wanted.get(model, 0), may_start=total < self._settings.max_workers + has_earlier)
             is_idle = not pool.workers and not waiting.get(model)
             if is_idle and time.monotonic() - pool.last_wanted > self._timings.unused_pool_seconds:
                 del self._pools[model]
@@ -253,35 +256,42 @@ class GolemExecutor:
                 task.add_done_callback(self._closing.discard)
 
     def _distribute_workers(self, waiting: Mapping[str, int]) -> dict[str, int]:
-        """Return the number of workers for each model: busy ones stay, the rest are distributed round-robin."""
+        """Return the number of workers for each model, distributed round-robin: busy ones, for work, the minimum."""
         now = time.monotonic()
         max_workers = self._settings.max_workers
-        wanted = {}
+        needed, wanted = {}, {}
         for model, pool in self._pools.items():
             if waiting.get(model) or any(worker.queued_job is not None for worker in pool.workers):
                 pool.last_work = now
             busy = sum(not worker.is_idle() for worker in pool.current_workers())
-            needed = busy + min(waiting.get(model, 0), max_workers)
-            wanted[model] = max(needed, pool.min_workers())
+            needed[model] = busy + min(waiting.get(model, 0), max_workers)
+            wanted[model] = max(needed[model], pool.min_workers())
         shared = dict.fromkeys(wanted, 0)
-        while sum(shared.values()) < max_workers and any(shared[model] < wanted[model] for model in wanted):
-            for model in wanted:
-                if shared[model] < wanted[model] and sum(shared.values()) < max_workers:
-                    shared[model] += 1
+        for target in (needed, wanted):
+            while sum(shared.values()) < max_workers and any(shared[model] < target[model] for model in target):
+                for model in target:
+                    if shared[model] < target[model] and sum(shared.values()) < max_workers:
+                        shared[model] += 1
         is_full = sum(len(pool.workers) for pool in self._pools.values()) >= max_workers
-        if is_full and any(waiting.get(model) and not pool.workers for model, pool in self._pools.items()):
-            self._release_one_worker()
+        short = {each for each, pool in self._pools.items() if waiting.get(each) and len(pool.workers) < shared[each]}
+        if is_full and short:
+            self._release_one_worker(short)
         return shared
 
-    def _release_one_worker(self) -> None:
-        """Stop one worker in favour of a model that has none: an idle one, or one of the model that has most."""
+    def _release_one_worker(self, short: Collection[str]) -> None:
+        """Stop one worker in favour of models that have too few: an idle one of another model.
+
+        Where a model has none: any idle one, or one of the model that has most.
+        """
         pools = sorted(self._pools.values(), key=lambda pool: len(pool.workers), reverse=True)
         workers = [worker for pool in pools for worker in pool.workers]
         if any(worker.is_stopping for worker in workers):
             return
         idle = [worker for worker in workers if worker.is_idle()]
-        crowded = [worker for worker in workers if len(pools[0].workers) > 1 and worker in pools[0].workers]
-        for worker in [*idle, *crowded][:1]:
+        chosen = [worker for worker in idle if worker.model not in short]
+        if any(not self._pools[model].workers for model in short):
+            chosen += [*idle, *(pools[0].workers if len(pools[0].workers) > 1 else ())]
+        for worker in chosen[:1]:
             worker.is_stopping = True
             self._job_queue.notify()
 

@@ -21,6 +21,7 @@ from batcher.errors import BudgetReached
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import Price
 from batcher.executors.golem.timings import GolemTimings
+from store.decisions import BillKind
 from store.errors import StoreBusy
 from store.ledger import AgreementRecord
 from store.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
@@ -77,6 +78,7 @@ class Money:
         self.ledger_writer = ledger_writer
         self.ledger = store.ledger
         self.reservations = store.reservations
+        self.decisions = store.decisions
         self.owner = owner
         self.timings = timings
         self.clock = clock
@@ -84,8 +86,9 @@ class Money:
         #: The agreements of this batcher that run: id -> what is committed to it.
         self.running: dict[str, Reservation] = {}
         self._caps = dict(caps)
-        #: The cheapest step that the caps did not allow; None when nothing was denied since they last had room for it.
-        self._denial: Denial | None = None
+        #: Purpose -> the cheapest step for it that the caps did not allow, and have had no room for since; under "" a
+        #: step for any purpose.
+        self._denials: dict[str, Denial] = {}
 
     async def start(self) -> None:
         """Make the caps known to the store."""
@@ -95,7 +98,8 @@ class Money:
         """Reserve what an agreement may cost at first. :raises BudgetReached: a cap forbids it. :raises StoreError:"""
         reservation = Reservation(self, secrets.token_hex(16), purpose, amount)
         await self.raise_to(reservation.id, purpose, amount)
-        self._denial = None
+        for each in ("", purpose):
+            self._denials.pop(each, None)
         return reservation
 
     async def raise_to(self, id: str, purpose: str, amount: Decimal) -> None:
@@ -104,7 +108,7 @@ class Money:
             self.reservations.reserve, id, batcher_id=self.owner, purpose=purpose, amount=amount, now=self.clock()
         )
         if denial is not None:
-            raise self._deny(denial)
+            raise self._deny(purpose, denial)
 
     def commitment(
         self, id: str, batcher_id: str, agreement: AgreementRecord, price: Price, seconds: float
@@ -125,17 +129,21 @@ class Money:
         used = await self._used()
         denial = check_caps(self._caps, used, _SMALLEST_AMOUNT)
         if denial is not None:
-            raise self._deny(denial)
+            raise self._deny("", denial)
         return amount_left(self._caps, used)
 
-    def unavailable_reason(self) -> str | None:
-        """Return, in a sentence, why nothing more can be spent now; None if it can."""
-        return None if self._denial is None else describe_denial(self._denial)
+    def unavailable_reason(self, purpose: str) -> str | None:
+        """Return, in a sentence, why nothing more can be spent for a purpose now; None if it can."""
+        denial = self._denials.get("") or self._denials.get(purpose)
+        return None if denial is None else describe_denial(denial)
 
     async def refresh(self) -> None:
         """Look whether there is room again for what was denied. :raises StoreError:"""
-        if self._denial is not None and check_caps(self._caps, await self._used(), self._denial.extra) is None:
-            self._denial = None
+        if self._denials:
+            used = await self._used()
+            for purpose, denial in list(self._denials.items()):
+                if check_caps(self._caps, used, denial.extra) is None:
+                    self._denials.pop(purpose, None)
 
     def end_agreement(self, agreement_id: str, reason: str) -> None:
         """Record that the daemon has acknowledged the end of an agreement, and what it may have cost until now."""
@@ -158,10 +166,17 @@ class Money:
                 self.reservations.set_caps(batcher_id, {})
 
     def write_off(self, unsettled: Iterable[AgreementRecord]) -> None:
-        """Write off those agreements that ended so long ago that no bill is expected any more. Called in a thread."""
+        """Write off those agreements that ended so long ago that no bill is expected any more. Called in a thread.
+
+        Those with an invoice that is to be paid are left out, though it could not be paid yet.
+        """
         now = self.clock()
         before = now - timedelta(seconds=self.timings.write_off_seconds)
         ids = [each.id for each in unsettled if each.ended_at is not None and each.ended_at < before]
+        if ids:
+            unfinished = self.decisions.unfinished()
+            owed = {each.agreement_id for each in unfinished if each.kind is BillKind.INVOICE and not each.is_refused}
+            ids = [id for id in ids if id not in owed]
         written_off = self.ledger.write_off(ids, now=now) if ids else []
         if written_off:
             log.warning("%d agreements were never billed and are written off", len(written_off))
@@ -180,11 +195,12 @@ class Money:
         self.release_all()
         self.ledger_writer.enqueue(self.reservations.set_caps, self.owner, {})
 
-    def _deny(self, denial: Denial) -> BudgetReached:
-        if self._denial is None:
+    def _deny(self, purpose: str, denial: Denial) -> BudgetReached:
+        known = self._denials.get(purpose)
+        if known is None:
             log.warning("%s", describe_denial(denial))
-        if self._denial is None or denial.extra < self._denial.extra:
-            self._denial = denial
+        if known is None or denial.extra < known.extra:
+            self._denials[purpose] = denial
         return BudgetReached(describe_denial(denial))
 
     async def _used(self) -> Mapping[str, Decimal]:

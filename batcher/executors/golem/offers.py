@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from provider_image.errors import MlgError
+from store.amounts import bounded
 
 #: Property names of an offer, from Golem's standards.
 _MODEL = "golem.com.pricing.model"
@@ -23,6 +24,10 @@ _CPU, _DURATION = "golem.usage.cpu_sec", "golem.usage.duration_sec"
 #: Threads of a provider that a chunk uses, whatever the provider has. `worker.py` asks for so many, and
 #: `mlg-provider` limits itself to so many cores, so that prices and bills can be compared with it.
 THREADS = 1
+
+
+#: Highest price that is read, in GLM, and the decimal places that are kept of one, which costs multiply.
+_MAX_PRICE, _PRICE_PLACES = 10**9, 40
 
 
 class BadOffer(MlgError):
@@ -47,21 +52,20 @@ class Price:
             if properties[_MODEL] != "linear":
                 raise BadOffer(f"The price model is {properties[_MODEL]!r}, not linear.")
             counters = list(properties[_COUNTERS])
-            *by_counter, start = (Decimal(str(each)) for each in properties[_COEFFICIENTS])
+            *by_counter, start = (_parse_price(each) for each in properties[_COEFFICIENTS])
             prices = dict(zip(counters, by_counter, strict=True))
+            if len(prices) != len(counters):
+                raise ValueError("a counter twice")
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise BadOffer(f"The prices of the offer cannot be read: {type(error).__name__} {error}.") from error
         unknown = [name for name, price in prices.items() if name not in (_CPU, _DURATION) and price]
         if unknown:
             raise BadOffer(f"The offer charges for unknown counters: {', '.join(unknown)}.")
-        found = cls(
+        return cls(
             start=start,
             cpu_second=prices.get(_CPU, Decimal(0)),
             second=prices.get(_DURATION, Decimal(0)),
         )
-        if not all(each.is_finite() and each >= 0 for each in (found.start, found.cpu_second, found.second)):
-            raise BadOffer("The offer has negative prices.")
-        return found
 
     @property
     def max_cost_per_second(self) -> Decimal:
@@ -81,6 +85,14 @@ class Price:
     def per_image(self, images_per_second: float, images: int) -> Decimal:
         """Estimate the cost per image for an activity that processes this many images."""
         return self.start / max(1, images) + self.max_cost_per_second / Decimal(repr(max(1e-6, images_per_second)))
+
+
+def _parse_price(value: Any) -> Decimal:
+    """Read a price. :raises ValueError, ArithmeticError: it is not a number, negative or absurdly high."""
+    price = Decimal(str(value))
+    if not price.is_finite() or not 0 <= price <= _MAX_PRICE:
+        raise ValueError(f"{str(value)[:40]} is no price")
+    return bounded(price, _PRICE_PLACES)
 
 
 def describe_offer(properties: Mapping[str, Any], provider_id: str) -> tuple[str, Price]:

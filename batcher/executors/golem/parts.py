@@ -5,6 +5,8 @@ Made by `executor.py`; each part is described in its own module.
 
 from __future__ import annotations
 
+import asyncio
+
 from batcher.executors import ExecutorContext, Job
 from batcher.executors.golem.job_queue import JobQueue
 from batcher.executors.golem.ledger_writer import LedgerWriter
@@ -13,6 +15,9 @@ from batcher.executors.golem.provider_records import ProviderRecords
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timings import GolemTimings
 from batcher.workspace import is_alive
+
+#: Results that are checked at the same time. A check may have to wait for a decoder, in a thread that others need too.
+_MAX_CHECKS = 2
 
 
 class GolemParts:
@@ -23,6 +28,7 @@ class GolemParts:
         self.settings = settings
         self.timings = timings
         self.job_queue = JobQueue()
+        self.checks = asyncio.Semaphore(_MAX_CHECKS)
         self.ledger = context.store.ledger
         self.ledger_writer = LedgerWriter(timings)
         self.money = Money(context.store, self.ledger_writer, owner=context.owner, caps=settings.caps, timings=timings)

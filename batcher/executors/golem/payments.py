@@ -20,7 +20,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
 from batcher.executors.golem.ledger_writer import describe_agreement
@@ -28,6 +28,7 @@ from batcher.executors.golem.offers import BadOffer, Price
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import NO_SUCH_CALL, tagged
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
+from store.amounts import bounded
 from store.decisions import BILLED_BEFORE, BillKind, DecisionRecord
 from store.ledger import AgreementRecord
 
@@ -51,6 +52,10 @@ _PROVIDER_SECONDS = 60
 _MAX_SETTLING = 16
 #: Why a debit note is refused that must be paid before the end; the invoice covers the whole amount.
 _NOT_AGREED = "It demands payment before the end of the agreement, which was not agreed."
+#: Why a bill is refused whose amount is negative, not a number, or has so many digits that sums would not be exact.
+_NO_AMOUNT = "Its amount cannot be added to others."
+#: Most decimal places of the amount of a bill. Products of two floats, written exactly, have some hundred.
+_MAX_PLACES = 150
 #: Statuses of bills at the daemon.
 _PAYABLE, _PAID, _REJECTED, _CANCELLED = ("RECEIVED", "FAILED"), ("ACCEPTED", "SETTLED"), "REJECTED", "CANCELLED"
 
@@ -81,6 +86,13 @@ class _BilledAgreement:
     valid_to: datetime
     #: Made by this session, whose allocation is for it.
     is_own: bool
+
+
+def _amount(calls: _Calls, bill: Any) -> Decimal:
+    try:
+        return Decimal(str(getattr(bill, calls.amount_name)))
+    except InvalidOperation:
+        return Decimal("nan")
 
 
 class PaymentProcessor:
@@ -208,7 +220,9 @@ class PaymentProcessor:
         if since is None:  # all invoices that may be open, whenever they came
             late = started_at - timedelta(seconds=self._timings.late_invoice_seconds)
             written_off = await asyncio.to_thread(self._ledger.written_off, since=late)
-            since = min((each.created_at for each in (*unsettled, *written_off)), default=started_at)
+            # A killed batcher may not have recorded its last agreement.
+            recent = started_at - timedelta(seconds=self._timings.write_off_seconds)
+            since = min([recent, *(each.created_at for each in (*unsettled, *written_off))])
         calls, cursor, is_full = self._calls[BillKind.INVOICE], since - _LATE_EVENTS, True
         while is_full:
             cursor, is_full = await self._read_events(calls, cursor, timeout=0)
@@ -328,6 +342,8 @@ class PaymentProcessor:
             refusal = "It was rejected at the daemon."
         elif made.amount > max_amount:
             refusal = f"It charges {made.amount:f} GLM, and at most {max_amount:f} GLM can be owed."
+        elif made.amount != _amount(calls, bill):
+            refusal = _NO_AMOUNT
         elif calls.kind is BillKind.DEBIT_NOTE and bill.payment_due_date is not None:
             refusal = _NOT_AGREED
         made = replace(made, max_amount=max_amount, is_refused=refusal is not None, reason=refusal)
@@ -339,7 +355,7 @@ class PaymentProcessor:
 
     def _describe(self, calls: _Calls, bill: Any) -> DecisionRecord:
         """Return the decision to pay a bill."""
-        amount = Decimal(str(getattr(bill, calls.amount_name)))
+        amount = bounded(_amount(calls, bill), _MAX_PLACES)
         return DecisionRecord(
             bill_id=getattr(bill, calls.id_name),
             kind=calls.kind,

@@ -20,6 +20,7 @@ from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import BadOffer, Price, describe_offer
 from batcher.executors.golem.settings import GolemSettings
 from store.providers import Providers
+from store.requests import ISOLATION_STEPS, MAX_ATTEMPTS
 
 if TYPE_CHECKING:
     from batcher.executors.golem.worker import GolemWorker
@@ -34,6 +35,9 @@ _MIN_SCORE = 0.05
 _NEW_PROVIDER_SCORE = 0.5
 #: How long a provider that did not sign an agreement is skipped.
 _UNSIGNED_BACKOFF = Backoff(first_seconds=30.0, max_seconds=3600.0)
+#: Bans in a row that are lifted because a chunk failed everywhere: as often as one bad image can fail, with its chunk,
+#: with a smaller one, and alone until it has no attempt left.
+_MAX_FORGIVEN = len(ISOLATION_STEPS) - 1 + MAX_ATTEMPTS
 #: Older offers do not appear in `unavailable_reason`.
 _RECENT_SECONDS = 120.0
 #: Longest ban for failures.
@@ -73,6 +77,10 @@ class ProviderRecords:
         self._recent: dict[tuple[str, str], tuple[float, str | None]] = {}
         #: Address -> failures in a row.
         self._failures: dict[str, int] = {}
+        #: Addresses of providers that have not succeeded since a call for an activity of theirs failed.
+        self._unclear: set[str] = set()
+        #: Address -> bans that were lifted because of a chunk since the provider succeeded.
+        self._forgiven: Counter[str] = Counter()
         #: Address -> when its offer was recorded, and the price.
         self._offers: dict[str, tuple[float, Price]] = {}
 
@@ -106,6 +114,8 @@ class ProviderRecords:
     def record_success(self, worker: GolemWorker, *, images: int, seconds: float) -> None:
         """Record that a provider answered a chunk. :param images: those that it has computed."""
         self._failures.pop(worker.provider_id, None)
+        self._unclear.discard(worker.provider_id)
+        self._forgiven.pop(worker.provider_id, None)
         self._record_work(worker, images, seconds, is_failure=False)
         if images:
             self.speeds[worker.model][worker.provider_id] = images / max(1e-3, seconds)
@@ -118,12 +128,29 @@ class ProviderRecords:
         if queued_job is not None:
             queued_job.failed_on.add(worker.provider_id)
 
+    def is_unclear_again(self, provider_id: str) -> bool:
+        """Record a failure for which the daemon may be at fault as well as the provider.
+
+        :return: whether it is not the first in a row: then it counts as the provider's, which would otherwise be hired
+            and paid again and again.
+        """
+        is_again = provider_id in self._unclear
+        self._unclear.add(provider_id)
+        return is_again
+
     def lift_bans(self, queued_job: QueuedJob) -> None:
-        """Lift the bans caused by a chunk that failed on several providers."""
+        """Lift the bans caused by a chunk that failed on several providers.
+
+        Only so often of a provider that never succeeds in between: those of one owner that always fail together would
+        get every chunk again, and fail all requests.
+        """
         suspicious = queued_job.failed_on - queued_job.proven_wrong
         if len(suspicious) < 2:
             return
         for provider_id in suspicious:
+            if self._forgiven[provider_id] >= _MAX_FORGIVEN:
+                continue
+            self._forgiven[provider_id] += 1
             self._failures.pop(provider_id, None)
             self.banned.pop(provider_id, None)
             self._has_unbanned = True

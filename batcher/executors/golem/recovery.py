@@ -1,8 +1,8 @@
 """Closes what batchers of this home that no longer run left open: demands, agreements and allocations.
 
-Run by `session.py` at its start, and at its end for its own. Demands and agreements are recognised by the owner
-property of the demand, even if the batcher was killed before it could record them. An allocation has no properties: it
-is recognised by its id in the ledger, or by the last digits of its amount (`tagged`).
+Run by `session.py` at its start and once a minute, and at its end for its own. Demands and agreements are recognised by
+the owner property of the demand, even if the batcher was killed before it could record them. An allocation has no
+properties: it is recognised by its id in the ledger, or by the last digits of its amount (`tagged`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import os
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from batcher.executors.golem.offers import BadOffer
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
 from store.errors import StoreError
+from store.images import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,9 @@ def home_tag(file: Path) -> str:
             tag = secrets.token_hex(8)
             opened.write(tag + "\n")
             opened.flush()
+            # Lost in a power cut, it would leave agreements that nobody recognises.
+            os.fsync(opened.fileno())
+            sync_folder(file.parent)
     return tag
 
 

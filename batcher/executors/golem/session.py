@@ -60,6 +60,7 @@ class Session:
         self._failing_since: float | None = None
         self.allocation_id = ""
         self.payment_processor: PaymentProcessor | None = None
+        self._recovering: asyncio.Task[None] | None = None
 
     @property
     def engine(self) -> Any:
@@ -122,6 +123,7 @@ class Session:
         await self._recover(self._is_over, awaits_invoices=awaits_invoices)
         if awaits_invoices:
             await self.payment_processor.settle_known()
+        self._recovering = asyncio.create_task(self._keep_recovering())
         log.info("opened a session with the Golem daemon", extra={"allocation": allocation.id})
 
     async def _recover(self, is_gone: Callable[[str], bool], *, awaits_invoices: bool = False) -> bool:
@@ -143,6 +145,12 @@ class Session:
                 for agreement_id in recovery.terminated:
                     self.payment_processor.expect_invoice(agreement_id)
         return recovery.is_complete
+
+    async def _keep_recovering(self) -> None:
+        """Close what other batchers leave open that are killed meanwhile, and what could not be closed before."""
+        while True:
+            await asyncio.sleep(self._timings.recover_again_seconds)
+            await self._recover(self._is_over)
 
     async def _close_own(self) -> None:
         """Close what this batcher left open because a call failed: yapapi tries each call only once."""
@@ -170,6 +178,9 @@ class Session:
         """Wait for expected invoices, release the allocation, and close. Never raises."""
         if self._golem is None:
             return
+        if self._recovering is not None:
+            self._recovering.cancel()
+            await asyncio.gather(self._recovering, return_exceptions=True)
         if self.payment_processor is not None:
             if not self.broken_reason:
                 with contextlib.suppress(TimeoutError):
@@ -196,6 +207,7 @@ class Session:
         if stopped and self.allocation_id:
             release = self._parts.ledger.release_allocation
             self._parts.ledger_writer.enqueue(release, self.allocation_id, now=datetime.now(UTC))
+        self._golem = None
 
     async def _stop_golem(self) -> None:
         if self._golem.operative:

@@ -48,6 +48,8 @@ class GolemTimings:
     #: Pause between two attempts to close what is still open at the end, and the limit for all of them.
     recovery_pause_seconds: float = 0.5
     recovery_seconds: float = 15.0
+    #: Interval at which a session looks for what other batchers left open.
+    recover_again_seconds: float = 60.0
 
     # Demands
 

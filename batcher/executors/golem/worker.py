@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -40,6 +41,8 @@ _MAX_RESULTS_BYTES = 64 * 1024 * 1024
 _COPY_BYTES = 1024 * 1024
 #: Limit for attempts of any kind, those that failed through this machine or the daemon included.
 _MAX_ATTEMPTS = 10
+#: What yapapi raises when it cannot make sense of what the daemon returned, which may be what the provider sent.
+_UNREADABLE = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
 #: How long a call that hangs is waited for when the worker ends.
 _HANGING_SECONDS = 2.0
 
@@ -61,6 +64,8 @@ class AttemptFailure:
     is_provider_fault: bool
     #: True when the local file server can no longer be used.
     is_file_server_fault: bool = False
+    #: True when the daemon responds, but its call for the activity failed: its own fault, or what the provider sent it.
+    is_unclear: bool = False
 
 
 class GolemWorker:
@@ -174,23 +179,29 @@ class GolemWorker:
             until.append(self._timings.receive_poll_seconds)
         if self._deadline is not None:
             until.append(self._deadline + self._timings.overtime_seconds - time.monotonic())
-        if self.is_idle():
+        if self._is_waiting():
             until.append(self._cover_left() - self._cover_seconds / 4)
         return max(0.05, min(until))
 
     # Money
 
+    def _is_waiting(self) -> bool:
+        """Return whether its provider has nothing to do but is paid: it is idle, or its results are being checked."""
+        is_checking = self.queued_job is not None and self._deadline is None
+        return self.is_idle() or (is_checking and not self.is_stopping)
+
     def _cover_left(self) -> float:
         return self.reservation.covered_seconds - self.reservation.seconds()
 
     async def _cover_idling(self) -> None:
-        """Reserve more while it idles, and end it when the budget does not allow that."""
-        if not self.is_idle() or self._cover_left() > self._cover_seconds / 4:
+        """Reserve more while it waits, and end it when the budget does not allow that."""
+        if not self._is_waiting() or self._cover_left() > self._cover_seconds / 4:
             return
         try:
             await self.reservation.extend(self.reservation.seconds() + self._cover_seconds)
         except BudgetReached as error:
             log.info("the worker of provider %s ends: %s", self.provider_name, error)
+            self.is_stopping = True
             if self.queued_job is None:
                 self._pool.give_up_minimum()
                 self.abort.set()
@@ -249,14 +260,17 @@ class GolemWorker:
             if queued_job is None:
                 return
             started_at = time.monotonic()
-            received = self._received = self._parts.context.work / f"{self.activity_id[:8]}-{self.chunks}.part"
+            # Not named after the activity, whose id the provider chooses.
+            received = self._received = self._parts.context.work / f"{secrets.token_hex(8)}.part"
             script, is_receiving = self._script(queued_job, received), True
             try:
                 yield script
                 # Before the results are checked: they must not change afterwards.
                 await stop_receiving(engine, script)
-                self._received, is_receiving = None, False
-                images = await asyncio.to_thread(_accept_results, received, queued_job)
+                # The provider has done its part: how long the check takes here is not held against it.
+                self._received, self._deadline, is_receiving = None, None, False
+                async with self._parts.checks:
+                    images = await asyncio.to_thread(_accept_results, received, queued_job)
             except Exception as error:
                 self._finish_attempt()
                 failure = _classify_error(error, "run the chunk")
@@ -329,7 +343,7 @@ class GolemWorker:
             self.is_stopping = True
             if not is_second_attempt:
                 queued_job.complete(Outcome.not_run(error))
-            job_queue.fail_all(error)
+            job_queue.fail_all(error, model=self.model)
             return False
         except BaseException as error:
             # Also when the worker is stopped meanwhile: the job must not be lost.
@@ -364,6 +378,8 @@ class GolemWorker:
         is_over = queued_job is not None and queued_job.outcome.done()
         if is_over and not failure.is_provider_fault:
             return  # stopped because it is no longer needed, which is no failure
+        if failure.is_unclear and self._parts.provider_records.is_unclear_again(self.provider_id):
+            failure = replace(failure, is_provider_fault=True)
         log.warning(
             "provider %s failed: %s", self.provider_name, failure.error, extra={"agreement_id": self.agreement_id}
         )
@@ -421,7 +437,7 @@ def _check_size(received: Path) -> int:
 
 def _classify_error(error: Exception, what: str) -> AttemptFailure:
     """Return what an exception of yapapi means, and whose fault it is. :param what: the step that failed, as a verb."""
-    name = type(error).__name__
+    name, status = type(error).__name__, getattr(error, "status", None)
     if isinstance(error, MlgError):
         found = error
     elif name == "BatchTimeoutError":
@@ -432,12 +448,15 @@ def _classify_error(error: Exception, what: str) -> AttemptFailure:
     elif name == "BatchError":
         parts = " ".join(str(each) for each in error.args if each)
         found = WorkerDied(f"The provider ended the activity: {parts[:300]}")
-    elif name in ("ProtocolError", "TransportError", "JSONDecodeError", "BrokenPipeError") or "gftp" in str(error):
+    elif name in ("ProtocolError", "TransportError", "JSONDecodeError", "BrokenPipeError") or (
+        "gftp" in str(error) and status is None  # what the daemon answers may quote the provider
+    ):
         broken = GolemUnavailable(f"The file server gftp failed: {explain(error)}. It is restarted.")
         return AttemptFailure(error=broken, is_provider_fault=False, is_file_server_fault=True)
-    elif isinstance(error, OSError) and getattr(error, "filename", None):
+    elif isinstance(error, FileNotFoundError):
         found = MalformedResults(f"The results file was not downloaded: {error.strerror}.")
     else:
         failed = GolemUnavailable(f"A call to the Golem daemon failed: {explain(error)}.")
-        return AttemptFailure(error=failed, is_provider_fault=False)
+        is_unclear = status not in (None, 401) or isinstance(error, _UNREADABLE)
+        return AttemptFailure(error=failed, is_provider_fault=False, is_unclear=is_unclear)
     return AttemptFailure(error=found, is_provider_fault=True)

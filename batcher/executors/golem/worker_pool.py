@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 
 #: Why an agreement is ended; providers receive it.
 _DONE_REASON = {"message": "All work is done", "golem.requestor.code": "Success"}
-#: Attempts to end an agreement; those that remain open are ended with the session.
-_TERMINATE_ATTEMPTS = 3
 #: yapapi needs unique names of jobs within a process.
 _numbers = itertools.count(1)
 
@@ -97,10 +95,10 @@ class WorkerPool:
         #: For how many seconds that pays: a start and a chunk.
         self._hire_seconds = 0.0
 
-    def step(self, wanted: int, *, may_replace: bool) -> None:
+    def step(self, wanted: int, *, may_start: bool) -> None:
         """Move one step towards this many workers; called several times per second.
 
-        :param may_replace: whether a worker may be started in place of one of an earlier demand that has not ended.
+        :param may_start: whether the workers of all models are few enough for one more.
         """
         now = time.monotonic()
         if wanted:
@@ -119,11 +117,8 @@ class WorkerPool:
             self._renew(lead)
         if self._search_task is None or self._search_task.done():
             self._search_task = asyncio.create_task(self._search_loop())
-        current = self.current_workers()
-        if len(current) + self.is_starting() >= wanted:
+        if len(self.current_workers()) + self.is_starting() >= wanted or not may_start:
             self._wanted_since = None
-            return
-        if len(current) < len(self.workers) and not may_replace:
             return
         self._wanted_since = self._wanted_since or now
         quiet_seconds = now - max(self._wanted_since, self._negotiated_at)
@@ -195,6 +190,7 @@ class WorkerPool:
     def _renew(self, lead: float) -> None:
         """Make a new demand; the workers of the earlier one go on until others take their place."""
         if self._demand is not None:
+            log.info("the demand for %s is renewed", self.model)
             self._earlier_demands.append(self._demand)
             if self._search_task is not None:
                 self._search_task.cancel()
@@ -352,12 +348,16 @@ class WorkerPool:
         """Terminate an agreement that yapapi wrongly considers terminated."""
 
         async def terminate() -> None:
-            for attempt in range(1, _TERMINATE_ATTEMPTS + 1):
+            # It costs as long as it is open; what is still open when the pool closes is ended with the session.
+            for attempt in itertools.count(1):
                 try:
                     await end_agreement(self.session.engine, agreement_id, _DONE_REASON)
-                    return self.parts.money.end_agreement(agreement_id, _DONE_REASON["message"])
+                    self.parts.money.end_agreement(agreement_id, _DONE_REASON["message"])
+                    return
                 except Exception as error:
                     log.info("an agreement for %s could not be terminated yet: %s", self.model, explain(error))
+                    if getattr(error, "status", None) == 404:  # nor will it be
+                        return
                 await asyncio.sleep(self._timings.terminate_backoff.after(attempt))
 
         self._keep(asyncio.create_task(terminate()))
@@ -397,7 +397,7 @@ class WorkerPool:
     async def _reserve(self, agreements_pool: Any) -> Reservation | None:
         """Reserve what a start may cost with the dearest offer that the budget allows, and remove all dearer ones.
 
-        :return: None: even the cheapest is above the budget. If there is no worker either, all queued jobs end.
+        :return: None: even the cheapest is above the budget. If there is no worker either, the model's jobs end.
         :raises StoreError:
         """
         offers = agreements_pool._offer_buffer
@@ -415,7 +415,7 @@ class WorkerPool:
                 reservation = await self.parts.money.reserve(self.model, amount)
         except BudgetReached as error:
             if not self.workers:
-                self.parts.job_queue.fail_all(error)
+                self.parts.job_queue.fail_all(error, model=self.model)
         for id, buffered in list(offers.items()):
             if reservation is None or self._first_cost(Price.from_offer(buffered.proposal.props)) > reservation.amount:
                 del offers[id]

@@ -305,6 +305,25 @@ def test_file_that_holds_no_such_weights_is_refused(tmp_path, weights, content):
     assert not (tmp_path / "models" / TINY.name).exists()
 
 
+def test_weights_that_are_stored_in_another_file_are_refused(tmp_path, weights):
+    import h5py
+
+    path, secret = tmp_path / "weights.h5", tmp_path / "id_rsa"
+    shutil.copyfile(weights.path, path)
+    found: list[Any] = []
+    with h5py.File(path, "r+") as file:
+        file.visititems(lambda name, entry: found.append(entry) if isinstance(entry, h5py.Dataset) else None)
+        name, shape, size = found[0].name, found[0].shape, found[0].nbytes
+        secret.write_bytes(bytes(size))
+        del file[name]
+        file.create_dataset(name, shape, "f4", external=[(str(secret), 0, size)])
+
+    with pytest.raises(WeightsMismatch, match="from another file"):
+        keras_applications.build(
+            tmp_path / "models", TINY, find_weights(TINY, WeightsSources(given=path, cache=tmp_path))
+        )
+
+
 def test_weights_of_another_model_are_refused(tmp_path, weights):
     with pytest.raises(WeightsMismatch, match="does not contain the weights of MobileNetV2"):
         keras_applications.build(tmp_path, SMALL, weights)

@@ -175,6 +175,15 @@ def test_file_of_an_artefact_cannot_be_outside_its_folder(models):
         read_artefact(path.parent)
 
 
+@pytest.mark.parametrize("change", [{"title": "\x1b]0;owned\x07"}, {"labels": [["n1", "\x1b[2Jdog"]]}])
+def test_artefact_has_no_text_that_a_terminal_obeys(models, change):
+    path = models / "efficientnet_lite0" / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+    with pytest.raises(BrokenArtefact, match="control characters"):
+        read_artefact(path.parent)
+
+
 def test_missing_model_names_the_command_that_installs_it(tmp_path):
     with pytest.raises(NotInstalled, match="mlg models compile vgg16"):
         find_artefact(tmp_path, "vgg16")

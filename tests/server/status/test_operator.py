@@ -314,14 +314,16 @@ def test_spending_shows_what_was_spent_today_and_what_is_left(harness: OperatorH
     )
 
     harness.store.reservations.set_caps("b2", {"day": Decimal("0.5")})
-    harness.store.reservations.reserve("r1", batcher_id="b2", purpose=MODEL, amount=Decimal("0.12"), now=harness.now)
+    # More digits than a default context of decimals has.
+    reserved, left = Decimal("0.12000000000000000000000000000001"), Decimal("0.17999999999999999999999999999999")
+    harness.store.reservations.reserve("r1", batcher_id="b2", purpose=MODEL, amount=reserved, now=harness.now)
 
     money = harness.status()["money"]
 
     assert (Decimal(money["today"]), Decimal(money["total"])) == (Decimal("0.2"), Decimal("0.4"))
-    assert (Decimal(money["used_day"]), Decimal(money["used_total"])) == (Decimal("0.32"), Decimal("0.52"))
-    assert (Decimal(money["budget_day"]), Decimal(money["left_day"])) == (Decimal("0.5"), Decimal("0.18"))
-    assert Decimal(money["left_total"]) == Decimal("4.98")
+    assert (money["used_day"], money["used_total"]) == (f"0.32{str(reserved)[4:]}", f"0.52{str(reserved)[4:]}")
+    assert (Decimal(money["budget_day"]), Decimal(money["left_day"])) == (Decimal("0.5"), left)
+    assert Decimal(money["left_total"]) == Decimal("4.97999999999999999999999999999999")
     # Exactly what is left may be reserved.
     for amount, is_denied in ((Decimal("0.181"), True), (Decimal(money["left_day"]), False)):
         denial = harness.store.reservations.reserve(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,3 +98,33 @@ async def test_a_gftp_that_cannot_reach_the_daemon_names_the_socket(
         found: Any = await check(net, models_folder, PATH=f"{tmp_path}:{os.environ['PATH']}")
 
     assert reason in found["gftp"].finding and "GSB_URL" in found["gftp"].remedy
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000,
+        b'HTTP/1.1 200 OK\r\n\r\n{"current": {"version": "1"}}',
+    ],
+)
+def test_whatever_else_listens_at_the_address_is_said_not_to_be_the_daemon(answer: bytes, tmp_path: Path) -> None:
+    def respond() -> None:
+        with contextlib.suppress(OSError):  # closed at the end
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=respond)
+        thread.start()
+        settings = GolemSettings(app_key="key", api_url=f"http://127.0.0.1:{listener.getsockname()[1]}")
+        checks = GolemCheck(settings, tmp_path, [], environment={}, seconds=1.0, is_downloading=False)
+        first, *_ = [result for result in checks.run() if not result.is_ok]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+    assert first.name in ("daemon", "app key") and "at http://127.0.0.1" in first.finding

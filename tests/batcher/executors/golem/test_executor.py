@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -14,6 +15,7 @@ import pytest
 from batcher.backoff import Backoff
 from batcher.executors.fallback import FallbackExecutor
 from batcher.executors.golem import executor
+from batcher.executors.golem.executor import GolemExecutor
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import home_tag, is_tagged, tagged
@@ -240,3 +242,86 @@ def test_a_home_keeps_its_tag_and_its_allocations_are_recognised_by_their_last_d
     assert is_tagged(amount, tag)
     assert not is_tagged(Decimal("1.5"), tag)
     assert not is_tagged(tagged(Decimal("1.5"), f"{int(tag, 16) + 1:x}"), tag)
+
+
+def test_the_tag_of_a_home_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, synced = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path, path.read_text() if path.is_file() else None))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    file = tmp_path / "work" / "golem-home"
+
+    tag = home_tag(file)
+
+    assert synced == [(file, f"{tag}\n"), (file.parent, None)]
+
+
+class SlowSession:
+    """A session that opens, or settles, only when a test lets it."""
+
+    broken_reason: str | None = None
+
+    def __init__(self, *, opens: bool) -> None:
+        self.opens = opens
+        self.is_settled = asyncio.Event()
+        self.closed_with: list[float] = []
+
+    def __call__(self, *_: object, **__: object) -> SlowSession:
+        return self
+
+    async def open(self, **_: object) -> None:
+        while not self.opens:
+            await asyncio.sleep(1000)
+
+    async def close(self, settle_seconds: float) -> None:
+        self.closed_with.append(settle_seconds)
+        await self.is_settled.wait()
+
+
+def lone_executor(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch, session: SlowSession) -> GolemExecutor:
+    """Make an executor without a daemon."""
+    monkeypatch.setattr(executor, "Session", session)
+    monkeypatch.setattr(executor.shutil, "which", lambda name: name)
+    settings = GolemSettings(app_key="key", budget_total=Decimal("0.1"), settle_seconds=600.0)
+    return GolemExecutor(make_context(folder / "work" / "aaaa1111", folder, store=store), settings=settings)
+
+
+def test_a_batcher_without_budget_has_started_before_the_invoices_of_earlier_ones_come(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.reservations.reserve("r1", batcher_id="dead", purpose=MODEL, amount=Decimal("0.5"), now=datetime.now(UTC))
+    session = SlowSession(opens=True)
+    alone = lone_executor(store, tmp_path, monkeypatch, session)
+
+    async def main() -> None:
+        starting = asyncio.create_task(alone.start())
+        await until(lambda: session.closed_with == [600.0])
+        await starting
+
+        assert "MLG_BUDGET_TOTAL" in str(alone.unavailable_reason(MODEL))
+        session.is_settled.set()
+        await alone.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_session_that_is_being_opened_when_the_executor_closes_is_closed(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = SlowSession(opens=False)
+    session.is_settled.set()
+    alone = lone_executor(store, tmp_path, monkeypatch, session)
+
+    async def main() -> None:
+        starting = asyncio.create_task(alone.start())
+        await until(lambda: alone._sessions == 1)
+        starting.cancel()
+        await alone.close()
+
+        assert session.closed_with == [600.0]
+
+    asyncio.run(asyncio.wait_for(main(), 60))

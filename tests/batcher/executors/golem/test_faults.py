@@ -240,6 +240,20 @@ def test_a_chunk_is_answered_elsewhere_whatever_step_fails(play: Play) -> None:
     play(body, *plans, attempts=5, max_workers=1)
 
 
+def test_a_provider_whose_calls_fail_again_and_again_is_not_hired_without_end(play: Play) -> None:
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        await close(harness)
+
+        assert (outcome.error, outcome.provider) == (None, "beta")
+        assert approved_providers(harness) == ["alpha", "alpha", "beta"]
+        assert list(banned(harness)) == ["alpha"]
+
+    plans = increasingly_expensive(("alpha", ()), ("beta", ()))
+    fails_twice = fault("http-500", path="GET /activity-api/v1/activity/*/exec/*", times=2)
+    play(body, *plans, faults=(fails_twice,), max_workers=1)
+
+
 WRONG_RESULTS = ("garbage", "truncate", "oversize", "wrong-digest", "swap-results")
 
 
@@ -427,6 +441,22 @@ def test_agreements_and_allocations_are_closed_although_the_daemon_cannot_list_a
         assert harness.store.ledger.agreements(is_open=True) == []
 
     play(body, provider("alpha"), faults=(fault("http-500", path="GET /market-api/v1/agreements"),))
+
+
+def test_a_batcher_ends_the_agreements_of_another_that_is_killed_meanwhile(play: Play) -> None:
+    async def body(harness: GolemHarness) -> None:
+        async with aiohttp.ClientSession() as http:
+            other = Requestor(harness.devnet, http)
+            await other.allocate("0.1")
+            tag = (harness.work.parent / "golem-home").read_text().strip()
+            id = await other.agree(await other.subscribe(**{OWNER: f"{tag}.other001-1"}))
+            agreements = harness.devnet.market.agreements
+            await until(lambda: agreements[id].state == "Terminated")
+        await until(lambda: harness.store.ledger.agreements(is_open=True) == [])
+
+        assert [each.id for each in harness.store.ledger.agreements()] == [id]
+
+    play(body, provider("alpha"), timings=replace(SHORT, recover_again_seconds=0.2))
 
 
 def test_an_invoice_that_comes_after_the_end_is_paid_by_the_next_batcher(play: Play) -> None:

@@ -95,7 +95,7 @@ def test_without_caps_any_amount_may_be_spent(store: Store) -> None:
             await spender.money.reserve("resnet50", Decimal(10**9))
 
             assert await spender.money.left() is None
-            assert spender.money.unavailable_reason() is None
+            assert spender.money.unavailable_reason("resnet50") is None
 
     run(body())
 
@@ -142,7 +142,7 @@ def test_a_denial_is_shown_until_there_is_room_again(store: Store) -> None:
             with pytest.raises(BudgetReached):
                 await spender.money.reserve("resnet50", Decimal("0.2"))
             await spender.money.refresh()
-            denied = spender.money.unavailable_reason()
+            denied = spender.money.unavailable_reason("resnet50")
             bill = InvoiceRecord(
                 id="i1", agreement_id="a1", amount=Decimal("0.5"), state=BillState.ACCEPTED, received_at=NOON
             )
@@ -150,7 +150,7 @@ def test_a_denial_is_shown_until_there_is_room_again(store: Store) -> None:
             await spender.money.refresh()
 
             assert denied is not None and "continues by itself tomorrow" in denied
-            assert spender.money.unavailable_reason() is None
+            assert spender.money.unavailable_reason("resnet50") is None
             assert await spender.money.left() == Decimal("0.5")
 
     run(body())
@@ -170,7 +170,7 @@ def test_the_next_day_has_a_new_budget(store: Store) -> None:
             spender.now += timedelta(days=1)
             await spender.money.refresh()
 
-            assert spender.money.unavailable_reason() is None
+            assert spender.money.unavailable_reason("resnet50") is None
             assert await spender.money.left() == Decimal(1)
 
     run(body())

@@ -12,9 +12,10 @@ import pytest
 
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import BadOffer, Price, provider_name
-from batcher.executors.golem.provider_records import EXPECTED_IMAGES, ProviderRecords
+from batcher.executors.golem.provider_records import _MAX_FORGIVEN, EXPECTED_IMAGES, ProviderRecords
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timings import GolemTimings, idle_seconds
+from store.amounts import EXACT, to_amount, total
 from store.store import Store
 
 MODEL = "efficientnet_lite0"
@@ -71,6 +72,9 @@ def test_a_price_is_read_from_an_offer_whatever_the_order_of_its_counters() -> N
         {"golem.com.pricing.model.linear.coeffs": "free"},
         {"golem.com.usage.vector": ["golem.usage.cpu_sec", "golem.usage.moonlight"]},
         {"golem.com.usage.vector": None},
+        {"golem.com.usage.vector": ["golem.usage.duration_sec", "golem.usage.duration_sec"]},
+        {"golem.com.pricing.model.linear.coeffs": ["1e999999", 0.1, 0.1]},
+        {"golem.com.pricing.model.linear.coeffs": [float("inf"), 0.1, 0.1]},
     ],
 )
 def test_an_offer_with_unreadable_prices_is_rejected(change: dict[str, Any], provider_records: ProviderRecords) -> None:
@@ -78,6 +82,16 @@ def test_an_offer_with_unreadable_prices_is_rejected(change: dict[str, Any], pro
         Price.from_offer(offer(**change))
 
     assert provider_records.rate_offer(MODEL, "0x1", offer(**change)) < 0
+
+
+@pytest.mark.parametrize("tiny", [1e-300, "1e-999999", "0.1" + "1" * 1000])
+def test_a_price_of_many_digits_leaves_sums_exact(tiny: object) -> None:
+    price = Price.from_offer(offer(**{"golem.com.pricing.model.linear.coeffs": [tiny, tiny, tiny]}))
+
+    cost = GolemTimings().cost_limit(price, 12.345678)
+
+    assert total([cost, Decimal(10**9)]) == EXACT.add(cost, Decimal(10**9))
+    assert len(to_amount(price.second)) < 50
 
 
 async def test_a_chunk_without_a_computed_image_does_not_change_the_speed(provider_records: ProviderRecords) -> None:
@@ -249,3 +263,21 @@ def test_an_idle_worker_is_kept_until_idling_has_cost_as_much_as_a_start() -> No
     assert idle_seconds(price, start_seconds=2.0, max_seconds=60.0) == 12.0
     assert idle_seconds(price, start_seconds=2.0, max_seconds=5.0) == 5.0
     assert idle_seconds(Price.from_offer(offer(second=0.0)), start_seconds=2.0, max_seconds=60.0) == 60.0
+
+
+async def test_providers_that_only_ever_fail_together_stay_banned(provider_records: ProviderRecords) -> None:
+    workers: list[Any] = [SimpleNamespace(model=MODEL, provider_id=each) for each in ("0x1", "0x2", "0x3")]
+
+    def fail_everywhere() -> set[str]:
+        """Let a chunk fail on all providers. :return: those that are banned then."""
+        queued_job: Any = SimpleNamespace(failed_on=set(), proven_wrong=set())
+        for worker in workers:
+            provider_records.record_failure(worker, queued_job, "It fails.", 1.0)
+        provider_records.lift_bans(queued_job)
+        return set(provider_records.banned)
+
+    for _ in range(_MAX_FORGIVEN):
+        assert fail_everywhere() == set(), "the chunk may be at fault"
+    provider_records.record_success(workers[0], images=16, seconds=1.0)
+
+    assert fail_everywhere() == {"0x2", "0x3"}

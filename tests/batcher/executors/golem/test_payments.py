@@ -318,6 +318,26 @@ def play(store: Store, tmp_path: Path) -> Callable[[Body], None]:
 Play = Callable[[Body], None]
 
 
+@pytest.mark.parametrize("amount", ["-1", "nan", "0.01" + "0" * 250 + "1", "1e-999999", "1e999999"])
+def test_an_amount_that_would_spoil_every_sum_is_refused(play: Play, amount: str) -> None:
+    async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
+        batcher = await next_batcher(day="1")
+        strange, other = await batcher.hire(), await batcher.hire()
+        for each in (strange, other):
+            daemon.now += timedelta(seconds=10)
+            await batcher.end(each)
+        refused, paid = daemon.send_invoice(strange, amount), daemon.send_invoice(other, "0.01" + "1" * 140)
+        await batcher.settle()
+
+        (decision,) = store.decisions.refused()
+        assert decision.bill_id == refused and len(f"{decision.amount:f} {decision.reason}") < 200
+        bills = [call for call in daemon.calls if call[0] in ("reject_invoice", "accept_invoice")]
+        assert sorted(bills) == [("accept_invoice", paid), ("reject_invoice", refused)]
+        assert await batcher.hire() is not None, "the budget can still be computed"
+
+    play(body)
+
+
 def test_a_refused_invoice_is_never_paid_and_the_daemon_is_told(play: Play) -> None:
     async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
         batcher = await next_batcher()
@@ -542,6 +562,43 @@ def test_a_late_invoice_of_an_agreement_that_was_written_off_is_paid_within_a_mo
         await (await next_batcher()).settle()
 
         assert (unsettled, reserved) == ([], [])
+        assert store.ledger.spent() == daemon.paid() == Decimal("0.01")
+
+    play(body)
+
+
+def test_an_invoice_that_could_not_be_paid_for_days_stays_owed(play: Play) -> None:
+    async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
+        batcher = await next_batcher()
+        agreement, unbilled = await batcher.hire(), await batcher.hire()
+        for each in (agreement, unbilled):
+            await batcher.end(each)
+        daemon.failing["accept_invoice", ""] = 500
+        daemon.send_invoice(agreement, "0.01")
+        settling = asyncio.create_task(batcher.settle())
+        await until(store.decisions.unfinished)
+        daemon.now += timedelta(days=2)
+        await asyncio.to_thread(batcher.money.write_off, store.ledger.agreements(is_settled=False))
+        still_open = [each.id for each in store.ledger.agreements(is_settled=False)]
+        reserved = [each.agreement_id for each in store.reservations.list(is_open=True)]
+        daemon.failing.clear()
+        await settling
+
+        assert (still_open, reserved) == ([agreement], [agreement])
+        assert store.ledger.spent() == daemon.paid() == Decimal("0.01")
+        assert store.ledger.agreements(is_settled=False) == []
+
+    play(body)
+
+
+def test_an_agreement_that_ended_before_its_killed_batcher_recorded_it_is_paid_too(play: Play) -> None:
+    async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
+        agreement = daemon.agree(f"{TAG}.{(await next_batcher()).name}-1")
+        daemon.agreements[agreement].state = "Terminated"
+        daemon.send_invoice(agreement, "0.01")
+        daemon.now += timedelta(hours=20)
+        await (await next_batcher()).settle()
+
         assert store.ledger.spent() == daemon.paid() == Decimal("0.01")
 
     play(body)

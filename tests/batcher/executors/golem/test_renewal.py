@@ -17,7 +17,7 @@ from devnet.scenario import Fault, ProviderPlan
 from tests.batcher.executors.golem.test_faults import SHORT, approved_providers, close
 from tests.devnet.running import calls_matching
 from tests.golem import MODEL, GolemHarness, golem, provider, scenario
-from tests.timing import until
+from tests.timing import until, wait_until
 
 
 def pools(harness: GolemHarness) -> list[WorkerPool]:
@@ -73,6 +73,28 @@ def test_an_agreement_made_just_before_a_renewal_lasts_for_a_start_and_a_chunk_a
     chunk_seconds = timings.chunk_timeout(items=16, size_bytes=64_000_000, images_per_second=None, max_seconds=18_000.0)
     longest = timings.renewal_lead(start_seconds=3600.0, chunk_seconds=chunk_seconds)
     assert longest < timings.max_agreement_seconds
+
+
+def test_the_time_that_a_check_takes_here_is_not_held_against_the_provider(tmp_path: Path, models_folder: Path) -> None:
+    async def main() -> None:
+        async with golem(scenario(provider("alpha")), tmp_path, models_folder, timings=SHORT, max_workers=1) as harness:
+            job = harness.job("one")
+
+            def check(path: Path) -> int:
+                (worker,) = (each for pool in pools(harness) for each in pool.workers)
+                if worker._deadline is not None:
+                    worker._deadline -= 1000.0  # the time of the chunk is over
+                    wait_until(lambda: worker not in [each for pool in pools(harness) for each in pool.workers])
+                assert job.check is not None
+                return job.check(path)
+
+            outcome = await harness.executor.run(replace(job, check=check))
+            await close(harness)
+
+            assert (outcome.error, outcome.provider) == (None, "alpha")
+            assert {each.ban_reason for each in harness.store.providers.list()} == {None}
+
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 def test_a_worker_begins_no_chunk_that_would_outlive_its_agreement(tmp_path: Path, models_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ import pytest
 from batcher.backoff import Backoff
 from batcher.errors import BudgetReached
 from batcher.executors import Job
+from batcher.executors.golem import worker_pool
+from batcher.executors.golem.executor import GolemExecutor
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.settings import GolemSettings
@@ -59,11 +62,11 @@ def parts(store: Store, tmp_path: Path) -> GolemParts:
     return GolemParts(context, GolemSettings(budget_day=Decimal(1), start_seconds=10.0), EXACT)
 
 
-async def make_pool(parts: GolemParts) -> WorkerPool:
+async def make_pool(parts: GolemParts, model: str = "resnet50") -> WorkerPool:
     parts.ledger_writer.start()
     await parts.money.start()
     session: Any = SimpleNamespace(engine=None, allocation_id="al1")
-    pool = WorkerPool(parts, session, model="resnet50", payload=None)
+    pool = WorkerPool(parts, session, model=model, payload=None)
     pool._demand = PublishedDemand(SimpleNamespace(id="d1", agreements_pool=offers()), 1000.0)
     return pool
 
@@ -94,17 +97,19 @@ def test_if_even_the_cheapest_offer_is_above_the_budget_nothing_is_reserved_and_
         await parts.ledger_writer.close()
 
         assert (reservation, buffered._offer_buffer, store.reservations.list()) == (None, {}, [])
-        assert "may cost up to 1.05 GLM" in str(parts.money.unavailable_reason())
+        assert "may cost up to 1.05 GLM" in str(parts.money.unavailable_reason("resnet50"))
 
     asyncio.run(main())
 
 
-def queue_job(parts: GolemParts, folder: Path, *, items: int = 16, timeout_seconds: float = 60.0) -> QueuedJob:
+def queue_job(
+    parts: GolemParts, folder: Path, *, items: int = 16, timeout_seconds: float = 60.0, model: str = "resnet50"
+) -> QueuedJob:
     chunk = folder / "chunk.zip"
     chunk.touch()
     job = Job(
         chunk_id="one",
-        model="resnet50",
+        model=model,
         items=items,
         chunk=chunk,
         results=folder / "results",
@@ -157,6 +162,105 @@ def test_chunks_whose_first_start_the_budget_does_not_allow_end_with_the_reason_
     asyncio.run(main())
 
 
+def test_a_model_that_costs_too_much_does_not_stop_the_others(parts: GolemParts, tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = await make_pool(parts)
+        queue_job(parts, tmp_path, timeout_seconds=100.0)
+        other = queue_job(parts, tmp_path, timeout_seconds=10.0, model="vgg16")
+
+        await pool._reserve(offers(cheap="0.1"))
+        await parts.ledger_writer.close()
+
+        assert parts.money.unavailable_reason("resnet50") is not None
+        assert parts.money.unavailable_reason("vgg16") is None
+        assert parts.job_queue.queued_jobs() == [other]
+
+    asyncio.run(main())
+
+
+class HandMadeWorker:
+    """A worker that does nothing. :param demand: its agreement expires with that."""
+
+    def __init__(self, model: str, demand: object, *, is_busy: bool) -> None:
+        self.model, self.demand = model, demand
+        self.queued_job = object() if is_busy else None
+        self.is_stopping = False
+
+    def is_idle(self) -> bool:
+        return self.queued_job is None
+
+
+async def two_models(parts: GolemParts, **settings: int) -> tuple[GolemExecutor, WorkerPool, WorkerPool]:
+    """Make an executor of two models whose pools have a worker at once whenever they may start one."""
+
+    async def start_worker(pool: WorkerPool) -> None:
+        new: Any = HandMadeWorker(pool.model, pool._demand, is_busy=True)
+        pool.workers.add(new)
+
+    parts.settings = replace(parts.settings, **settings)  # type: ignore[arg-type]
+    executor = GolemExecutor(parts.context, settings=parts.settings)
+    executor._parts, executor._job_queue = parts, parts.job_queue
+    pools = [await make_pool(parts, model) for model in ("resnet50", "vgg16")]
+    executor._pools = {pool.model: pool for pool in pools}
+    for pool in pools:
+        pool._search_task = asyncio.create_task(asyncio.sleep(1000))
+        pool._has_offers = lambda now: True  # type: ignore[method-assign]
+        pool._start_worker = functools.partial(start_worker, pool)  # type: ignore[method-assign]
+    return executor, *pools
+
+
+async def steps(executor: GolemExecutor) -> set[int]:
+    """Run some steps. :return: how many workers there were after each."""
+    found = set()
+    for _ in range(10):
+        await executor._step_pools(next(iter(executor._pools.values())).session)
+        await asyncio.sleep(0)
+        found.add(sum(len(pool.workers) for pool in executor._pools.values()))
+    return found
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_while_one_model_renews_its_agreements_another_does_not_exceed_the_maximum_of_workers(
+    is_busy: bool, parts: GolemParts, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        executor, renewing, other = await two_models(parts, max_workers=2)
+        old: Any = [HandMadeWorker("resnet50", PublishedDemand(None, 60.0), is_busy=is_busy) for _ in range(2)]
+        renewing.workers.update(old)
+        for _ in range(4):
+            queue_job(parts, tmp_path, model="vgg16")
+
+        counts = await steps(executor)
+        stopping = [each for each in old if each.is_stopping]
+        renewing.workers.difference_update(stopping)
+        counts |= await steps(executor)
+        await parts.ledger_writer.close()
+
+        assert (max(counts), len(stopping)) == (2, 1)
+        assert (len(renewing.workers), len(other.workers)) == (1, 1)
+        assert sum(each.is_stopping for each in old) == (1 if is_busy else 2), "an idle one is no longer needed"
+
+    asyncio.run(main())
+
+
+def test_a_kept_minimum_of_one_model_gives_way_to_the_work_of_another(parts: GolemParts, tmp_path: Path) -> None:
+    async def main() -> None:
+        executor, kept, other = await two_models(parts, max_workers=1, min_workers=1)
+        idle: Any = HandMadeWorker("resnet50", kept._demand, is_busy=False)
+        kept.workers.add(idle)
+        queue_job(parts, tmp_path, model="vgg16")
+
+        await steps(executor)
+        is_stopping = idle.is_stopping
+        kept.workers.discard(idle)
+        await steps(executor)
+        await parts.ledger_writer.close()
+
+        assert (is_stopping, len(kept.workers), len(other.workers)) == (True, 0, 1)
+
+    asyncio.run(main())
+
+
 def test_an_agreement_commits_its_own_price_and_may_then_have_an_activity(parts: GolemParts, store: Store) -> None:
     async def main() -> None:
         pool = await make_pool(parts)
@@ -168,6 +272,32 @@ def test_an_agreement_commits_its_own_price_and_may_then_have_an_activity(parts:
 
         assert pool._hire is None
         assert [(each.agreement_id, each.amount) for each in store.reservations.list()] == [("a1", Decimal("0.2"))]
+
+    asyncio.run(main())
+
+
+def test_an_agreement_that_the_daemon_does_not_end_is_ended_as_soon_as_it_does(
+    parts: GolemParts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter([OSError("the daemon is busy")] * 9)
+
+    async def end(*_: object) -> None:
+        for failure in failures:
+            raise failure
+
+    monkeypatch.setattr(worker_pool, "end_agreement", end)
+
+    async def main() -> None:
+        pool = await make_pool(parts)
+        pool._timings = replace(EXACT, terminate_backoff=Backoff(first_seconds=0.001, max_seconds=0.001))
+        pool._hire = await pool._reserve(offers(cheap="0.1"))
+        pool._commit(agreement("a1", "0.1"))
+
+        pool._terminate_with_retries("a1")
+        await asyncio.gather(*pool._background)
+        await parts.ledger_writer.close()
+
+        assert store.ledger.agreements(is_open=True) == []
 
     asyncio.run(main())
 
@@ -203,7 +333,7 @@ def test_a_demand_is_published_again_only_when_nothing_is_negotiated_and_less_of
             pool._search_task = asyncio.create_task(asyncio.sleep(1000))
             pool._wanted_since = time.monotonic() - quiet_seconds
             pool._negotiated_at = time.monotonic() - negotiated_seconds
-            pool.step(1, may_replace=False)
+            pool.step(1, may_start=True)
             return bool(pool._search_task.cancelling())
 
         assert not step(19)
