@@ -20,8 +20,8 @@ from server.api.views.predictions import PredictionViews
 from server.api.views.requests import RequestViews
 from server.api.views.webhooks import WebhookViews
 from server.auth.guard import install_guard
+from server.auth.memory import RequestMemory
 from server.context import Context, Views
-from server.memory import RequestMemory
 from server.pages.api_reference import ApiReferenceViews
 from server.pages.batches import BatchPageViews
 from server.pages.home import HomeViews

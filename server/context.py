@@ -17,6 +17,7 @@ from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import CATALOGUE, install_command
 from server.auth.cursors import CursorCodec, Cursors
 from server.auth.guard import owned, visible_key_id
+from server.auth.memory import hold_bytes
 from server.endpoint import get_operation
 from server.errors import TooManyDownloads
 from server.intake.accept import Intake, can_build
@@ -24,7 +25,6 @@ from server.intake.idempotency import Repetitions, is_repeatable
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
-from server.memory import hold_bytes
 from server.serializers import parse_read_params, serialize_request
 from server.settings import ServerSettings
 from server.status.dashboard import Dashboard

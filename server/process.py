@@ -11,7 +11,7 @@ application. Four things that granian does not do are done here:
   `ActiveReads`), the kernel probes connections, and a worker whose reading threads are all blocked is replaced.
 - Granian asks a streamed response for its next piece in one of the reading threads, and closes it when a piece cannot
   be sent. So there is one more thread for every stream, and each stream writes a heartbeat. All other responses stay in
-  memory until their clients have read them, so large ones are limited, see `memory.py`.
+  memory until their clients have read them, so large ones are limited, see `auth/memory.py`.
 
 Weakness: a client that stalls on purpose keeps its thread. Without a key it gets only a few, so that nobody but those
 who log in from its address has to wait; a key gets half of them. On the open internet, run the server behind a proxy
@@ -45,12 +45,12 @@ from server.api.responses import exception_response
 from server.app import create_app, get_context
 from server.auth.guard import CLIENT, check_exposure
 from server.auth.home_secret import read_home_secret
+from server.auth.memory import MAX_DOWNLOADS, SMALL_BYTES, Downloads
 from server.context import Context
 from server.errors import TooManyDownloads
 from server.http_client import HttpClient
 from server.intake.uploads import ActiveThreads
 from server.live.sse import STREAMED
-from server.memory import MAX_DOWNLOADS, SMALL_BYTES, Downloads
 from server.settings import ServerSettings
 from server.webhooks import Deliverer
 from store.store import Store
@@ -105,6 +105,14 @@ def serve(
     if parent_fd is not None:
         threading.Thread(target=_stop_when_closed, args=(parent_fd,), name="parent", daemon=True).start()
     server.run()
+
+
+def request_threads(settings: ServerSettings) -> int:
+    """Count the threads that the requests of one process may take."""
+    # Each stream, held read and large response keeps a thread, which must not be one of those that read bodies.
+    waiting = settings.max_streams + settings.max_held_reads + MAX_DOWNLOADS
+    # Some are left for all that neither reads a body nor waits, `/healthz` for example.
+    return settings.reading_threads + waiting + settings.server_threads
 
 
 def listen(host: str, port: int, *, retry_seconds: float = 0.0) -> socket.socket:
@@ -183,8 +191,6 @@ class _GranianServer(MPServer):
         # The reading end becomes readable in the workers when no process holds the writing end any more.
         self._stop_reader, self._stop_writer = os.pipe()
         self._private_fds = {each: _file_identity(each) for each in (self._stop_writer, *private_fds)}
-        # Each stream, held read and large response keeps a thread, which must not be one of those that read bodies.
-        waiting = settings.max_streams + settings.max_held_reads + MAX_DOWNLOADS
         super().__init__(
             "mlg",
             address=host,
@@ -193,10 +199,9 @@ class _GranianServer(MPServer):
             http=HTTPModes.http1,
             websockets=False,
             workers=settings.server_processes,
-            # Some are left for all that neither reads a body nor waits, `/healthz` for example.
-            blocking_threads=settings.reading_threads + waiting + settings.server_threads,
+            blocking_threads=request_threads(settings),
             backlog=CONNECTIONS,
-            backpressure=CONNECTIONS + waiting,
+            backpressure=CONNECTIONS + request_threads(settings),
             http1_settings=HTTP1Settings(header_read_timeout=int(HEADER_SECONDS * 1000)),
             log_level=LogLevels.error,
             # Granian's own handlers write to stdout; its messages go to the log of the server instead.

@@ -22,6 +22,7 @@ from batcher.executors import REGISTRY, load_executor
 from batcher.settings import BatcherSettings, BatcherTimings
 from mlg import COMMANDS, cli
 from server.app import create_app
+from server.process import request_threads
 from server.settings import ServerSettings
 from store import new_id
 from store.batchers import BatcherRecord
@@ -218,6 +219,15 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     assert not ours, ours
 
 
+def test_a_server_may_have_the_threads_that_it_needs() -> None:
+    unit = (DEPLOY / "systemd" / "mlg-server.service").read_text()
+    tasks = re.search(r"^TasksMax=(\d+)$", unit, re.MULTILINE)
+    needed = request_threads(ServerSettings.from_env({}))
+
+    assert tasks is not None and int(tasks[1]) > 1.5 * needed
+    assert SERVICES["server"]["deploy"]["resources"]["limits"]["pids"] > 1.5 * needed
+
+
 # nginx
 
 
@@ -242,6 +252,7 @@ def test_the_proxy_accepts_what_the_server_accepts_and_does_not_buffer_events(cl
     held = re.search(r"proxy_read_timeout (\d+)s;", text)
     assert held is not None and float(held[1]) > defaults.max_hold_seconds
     assert "proxy_request_buffering on;" in text
+    assert re.search(r"requestPredictions/ \{[^}]*limit_conn batches \d;", text), "or anybody fills the proxy's disk"
     events = re.search(r"location ~ (\S+) \{[^}]*proxy_buffering off;", text)
     assert events is not None
     paths = [rule.rule for rule in client.application.url_map.iter_rules()]

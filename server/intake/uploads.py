@@ -26,9 +26,9 @@ from provider_image.errors import EmptyImage, MalformedRequest, MlgError, TooMan
 from provider_image.service import Input, describe_inputs
 from server.auth.guard import current_key_id, get_guard
 from server.auth.limits import FairSlots
+from server.auth.memory import hold_bytes
 from server.errors import LengthMissing, TooManyUploads, UnsupportedMediaType
 from server.intake import multipart
-from server.memory import hold_bytes
 
 #: Bytes of a form beside its image: boundaries, headers, and the other fields.
 FORM_ALLOWANCE_BYTES = 64 * 1024

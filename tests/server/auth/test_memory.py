@@ -16,8 +16,8 @@ import flask.testing
 import pytest
 
 from server.app import create_app
+from server.auth.memory import DOWNLOAD_BYTES, MAX_DOWNLOADS, REQUEST_BYTES, Downloads, hold_bytes
 from server.errors import TooManyUploads
-from server.memory import DOWNLOAD_BYTES, MAX_DOWNLOADS, REQUEST_BYTES, Downloads, hold_bytes
 from server.settings import ServerSettings
 from store.keys import KeyRecord, Scope
 from store.store import Store
