@@ -16,6 +16,7 @@ images, so the names of the limits contain what they count.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import math
 import threading
 from collections import Counter
@@ -53,6 +54,20 @@ class _MinuteGrants:
     minute: int
     granted_left: int = 0
     left_elsewhere: int = 0
+
+
+def network_of(address: str) -> str:
+    """Return what tells clients without a key apart: the address, or the /64 of one of IPv6, which one client may own.
+
+    :param address: as the connection gives it; any other text is returned as it is.
+    """
+    try:
+        parsed = ipaddress.IPv6Address(address)
+    except ValueError:
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.IPv6Address(int(parsed) >> 64 << 64))
 
 
 class FairSlots:

@@ -29,7 +29,7 @@ from store.requests import RequestRecord
 #: Images of one batch that are staged at the same time.
 MAX_CONCURRENT_ITEMS = 8
 #: Bytes of images of one batch that were read and wait to be staged; one may be larger.
-MAX_WAITING_BYTES = 32 * 1024 * 1024
+MAX_WAITING_BYTES = 16 * 1024 * 1024
 #: Seconds that fetching all images of one batch may take; those that are missing then are refused.
 MAX_FETCH_SECONDS = 240.0
 

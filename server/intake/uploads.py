@@ -25,7 +25,7 @@ from werkzeug.http import parse_options_header
 from provider_image.errors import EmptyImage, MalformedRequest, MlgError, TooManyBytes
 from provider_image.service import Input, describe_inputs
 from server.auth.guard import current_key_id, get_guard
-from server.auth.limits import FairSlots
+from server.auth.limits import FairSlots, network_of
 from server.auth.memory import hold_bytes
 from server.errors import LengthMissing, TooManyUploads, UnsupportedMediaType
 from server.intake import multipart
@@ -110,7 +110,7 @@ class ActiveReads:
         """Count the caller inside of the `with` statement, for the client of the request. :raises TooManyUploads:"""
         client = current_key_id()
         if client is None and not get_guard(flask.current_app).is_open():
-            slot = self._anonymous_slots.holding(flask.request.remote_addr or "")
+            slot = self._anonymous_slots.holding(network_of(flask.request.remote_addr or ""))
         else:
             slot = self._slots.holding(client)
         with slot as is_held, self._threads.track():

@@ -17,7 +17,7 @@ import flask.testing
 import pytest
 
 from server.app import create_app
-from server.auth.limits import FairSlots
+from server.auth.limits import FairSlots, network_of
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
@@ -229,3 +229,17 @@ def test_slow_clients_without_a_key_stop_nobody(
             connection.close()
 
             assert status == (200 if method == "GET" else 202)
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("203.0.113.9", "203.0.113.9"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::"),
+        ("::ffff:203.0.113.9", "203.0.113.9"),
+        ("", ""),
+    ],
+)
+def test_all_addresses_that_one_client_may_own_are_one_client(address: str, network: str) -> None:
+    assert network_of(address) == network
