@@ -58,7 +58,7 @@ SETTINGS = {
     "MLG_CHUNK_TIMEOUT_SECONDS": "30",
     "MLG_GOLEM_BAN_SECONDS": "5",
     "MLG_GOLEM_IDLE_SECONDS": "5",
-    "MLG_GOLEM_MAX_WORKERS": "2",
+    "MLG_GOLEM_MAX_WORKERS": "3",
     "MLG_GOLEM_RENTAL_SECONDS": "60",
     "MLG_LEASE_SECONDS": "3",
     "MLG_GOLEM_SETTLE_SECONDS": "20",
@@ -73,9 +73,9 @@ def write_scenario(path: Path, generator: random.Random, providers: int) -> Path
     for kind, call, occasions in DAEMON_FAULTS:
         text += f'[[faults]]\nkind = "{kind}"\npath = "{call}"\nafter = {generator.randint(1, 5)}\n{occasions}\n'
     for number, name in enumerate(PROVIDER_NAMES[:providers]):
-        text += f'[[providers]]\nname = "{name}"\nstart_price = 0.001\nprice_per_second = 0.00002\n'
-        text += "speed = 0.25\n"
-        # Two are without a fault, so that every image can be answered.
+        # Two are without a fault, so that every image can be answered; they cost more, so that the others are used too.
+        price = 0.00002 if number >= 2 else 0.00004
+        text += f'[[providers]]\nname = "{name}"\nstart_price = 0.001\nprice_per_second = {price:.5f}\nspeed = 0.08\n'
         for kind in generator.sample(sorted(PROVIDER_FAULTS), 2 if number >= 2 else 0):
             text += f'[[providers.faults]]\nkind = "{kind}"\n{PROVIDER_FAULTS[kind]}\n'
     path.write_text(text)
@@ -165,7 +165,7 @@ def main(sessions: int, count: int, providers: int, seed: int) -> None:
                     home,
                     folder / "batch.log",
                     environment,
-                    kill_after_seconds=generator.uniform(2, 20) if is_killed else None,
+                    kill_after_seconds=generator.uniform(2, 90) if is_killed else None,
                 )
                 how = "killed" if is_killed else "ended"
                 click.echo(f"session {session + 1} of {sessions} {how} after {time.monotonic() - started:.0f} s")
