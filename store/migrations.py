@@ -828,7 +828,7 @@ def m016_leaks(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
-def m018_leases(db: sqlite_utils.Database) -> None:
+def m017_leases(db: sqlite_utils.Database) -> None:
     """The clocks of leases, see `lease_clock.py`: for each start of the machine, the time at which it shows zero."""
     db.execute("CREATE TABLE lease_clocks (boot_id TEXT PRIMARY KEY, zero_at TEXT NOT NULL) WITHOUT ROWID")
 
@@ -850,7 +850,7 @@ STEPS: tuple[Step, ...] = (
     m014_webhook_secrets,
     m015_bills,
     m016_leaks,
-    m018_leases,
+    m017_leases,
 )
 
 
