@@ -35,7 +35,7 @@ from store.errors import StoreError, StoreUnavailable, UnknownRequest
 from store.images import ImageStore, StagedImage
 from store.keys import count_images
 from store.requests import (
-    FORGET_PAYLOAD,
+    FORGET,
     RESET,
     ROWS_PER_COMMIT,
     NewRequest,
@@ -360,7 +360,8 @@ class Batches:
 
         def write(transaction: Transaction) -> None:
             if transaction.execute(_DELETE_EMPTY, {"id": id}).rowcount:
-                transaction.execute(FORGET_PAYLOAD, (id,))
+                for statement in FORGET:
+                    transaction.execute(statement, (id,))
 
         self._database.write(write)
 

@@ -4,7 +4,8 @@ A client that does not know whether its request arrived repeats it under the sam
 `server/intake/idempotency.py`. The store keeps a fingerprint of the request and its response for each owner and key.
 While the request is in progress the key is reserved for the process that works on it, until that process ends (see
 `process_lock.py`). An owner is an API key's id, or the empty text where none is required. Bodies are compressed, and
-the responses of one owner are limited together: the oldest make room. `retention.py` deletes expired keys.
+the responses of one owner are limited together: the oldest make room. `retention.py` deletes expired keys,
+`requests.py` and `batches.py` the responses that tell of what they delete.
 
 Weakness: the work and the response are two commits. A server that is killed between them leaves a key without a
 response, and the repetition does the work again.
@@ -43,7 +44,7 @@ _IS_RESERVED = "owner = :owner AND key = :key AND token = :token AND status IS N
 # The position is the number of bytes of the owner's responses up to this one.
 _SAVE_RESPONSE = f"""
     UPDATE idempotency
-    SET status = :status, headers = :headers, body = :body,
+    SET status = :status, headers = :headers, body = :body, subject = :subject,
         position = :size + coalesce((SELECT max(position) FROM idempotency WHERE owner = :owner), 0)
     WHERE {_IS_RESERVED}
     RETURNING position
@@ -77,6 +78,8 @@ class SavedResponse:
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+    #: Id of the request or batch that it tells of, with which it is deleted.
+    subject: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -743,6 +743,7 @@ def m013_idempotency(db: sqlite_utils.Database) -> None:
             status INTEGER,
             headers TEXT,
             body BLOB,
+            subject TEXT,
             PRIMARY KEY (owner, key),
             CHECK ((status IS NULL) = (position IS NULL))
         )
@@ -757,6 +758,7 @@ def m013_idempotency(db: sqlite_utils.Database) -> None:
         "DROP TABLE idempotency_before",
         "CREATE INDEX idempotency_expires ON idempotency (expires_at)",
         "CREATE INDEX idempotency_position ON idempotency (owner, position)",
+        "CREATE INDEX idempotency_subject ON idempotency (subject) WHERE subject IS NOT NULL",
     ):
         db.execute(statement)
 

@@ -58,8 +58,12 @@ _FIND_OWN_ANSWER = f"{_FIND_ANSWER} AND key_id IS :key_id"
 
 _ADDED = "SELECT * FROM requests WHERE number BETWEEN ? AND ? ORDER BY number"
 
-#: Also a webhook that is sent again then says only that the request or the batch has ended.
-FORGET_PAYLOAD = "UPDATE webhook_deliveries SET payload = NULL WHERE subject = ? AND payload IS NOT NULL"
+#: What is kept elsewhere of a request or a batch that is deleted: a webhook that is sent again then says only that it
+#: has ended, and its idempotency key is free.
+FORGET = (
+    "UPDATE webhook_deliveries SET payload = NULL WHERE subject = ? AND payload IS NOT NULL",
+    "DELETE FROM idempotency WHERE subject = ?",
+)
 
 _ADD_FILE = "INSERT OR IGNORE INTO request_files (number, is_input, sha256) VALUES (?, ?, ?)"
 
@@ -495,7 +499,8 @@ def delete_requests(transaction: Transaction, which: str, values: Any) -> int:
     deleted = transaction.execute(sql, values).fetchall()
     labels = [(row["number"], row["labels"]) for row in deleted if row["labels"] != "{}"]
     transaction.execute_many(_REMOVE_LABELS, labels)
-    transaction.execute_many(FORGET_PAYLOAD, [(row["id"],) for row in deleted])
+    for statement in FORGET:
+        transaction.execute_many(statement, [(row["id"],) for row in deleted])
     transaction.delete_files(set().union(*map(digests_of_files, deleted)))
     return len(deleted)
 

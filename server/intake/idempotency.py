@@ -18,6 +18,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from urllib.parse import urlsplit
 
 import flask
 from werkzeug.wrappers import Response
@@ -154,7 +155,10 @@ def _fingerprint(digest: str) -> str:
 
 def _to_saved(response: Response) -> SavedResponse:
     headers = {name: response.headers[name] for name in _HEADERS if name in response.headers}
-    return SavedResponse(status=response.status_code, headers=headers, body=response.get_data())
+    subject = (flask.request.view_args or {}).get("id") or urlsplit(headers.get("Location", "")).path.rpartition("/")[2]
+    return SavedResponse(
+        status=response.status_code, headers=headers, body=response.get_data(), subject=subject or None
+    )
 
 
 def _replay(earlier: EarlierRequest) -> flask.Response:

@@ -396,3 +396,28 @@ def test_a_repetition_over_the_batch_limit_is_not_read(
     post(client, photos["rocket"])
 
     assert post(client, b"x" * 2_000_000).status_code == 422
+
+
+def test_the_response_for_what_is_deleted_is_deleted_too(
+    client: flask.testing.FlaskClient, store: Store, photos: dict[str, bytes]
+) -> None:
+    kept = post(client, photos["coffee"], key="kept").get_json()["req_id"]
+    id = post(client, photos["rocket"], key="sent").get_json()["req_id"]
+    client.delete(f"/requests/{id}")  # cancels it
+    client.post(f"/requests/{id}/retry", headers={"Idempotency-Key": "retried"})
+    client.delete(f"/requests/{id}")
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.jpg", photos["rocket"])
+    body = file.getvalue()
+    options: dict[str, Any] = {"content_type": "application/zip", "headers": {"Idempotency-Key": "batch"}}
+    batch = client.post(BATCH_URL, data=body, **options).get_json()["batch_id"]
+    client.post(f"/batches/{batch}/cancel")
+
+    deleted = [client.post(f"/requests/{id}/delete").status_code, client.delete(f"/batches/{batch}").status_code]
+
+    assert deleted == [200, 200]
+    rows = store.database.rows("SELECT key, subject FROM idempotency")
+    assert [tuple(row) for row in rows] == [("kept", kept)]
+    again = post(client, photos["rocket"], key="sent")
+    assert again.status_code == 202 and again.get_json()["req_id"] != id
