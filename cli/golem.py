@@ -5,6 +5,7 @@ The work is done by `batcher/executors/golem/check.py`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -53,12 +54,17 @@ def check(context: click.Context, models: Sequence[str], seconds: float, downloa
     from batcher.executors.golem.check import GolemCheck
     from batcher.executors.golem.settings import GolemSettings
     from batcher.image_build.builder import canonical_names
+    from provider_image.errors import NotInstalled
     from provider_image.models.registry import installed_folders
     from store.settings import HomeSettings
 
-    variables = environment()
+    variables, names = environment(), list[str]()
     folder = Path(HomeSettings.from_env(variables).home, "models")
-    names = canonical_names(folder, models) if models else [each.name for each in installed_folders(folder)]
+    if models:
+        names = canonical_names(folder, models)
+    else:
+        with contextlib.suppress(NotInstalled):  # the check says so
+            names = [each.name for each in installed_folders(folder)]
     checks = GolemCheck(
         GolemSettings.from_env(variables),
         folder,

@@ -36,3 +36,14 @@ def test_an_unknown_model_is_an_error(home: Path) -> None:
     done = mlg("golem", "check", "efficientnet_lite9", home=home)
 
     assert done.returncode != 0 and done.stderr.count("\n") == 1 and "efficientnet_lite0" in done.stderr
+
+
+def test_without_an_installed_model_the_rest_is_checked_too(tmp_path: Path) -> None:
+    done = mlg("golem", "check", home=tmp_path, YAGNA_APPKEY="", PATH="/bin")
+
+    assert (done.returncode, done.stderr) == (1, "")
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")] == [
+        "FAILED  app key",
+        "FAILED  gftp",
+        "FAILED  models",
+    ]

@@ -101,6 +101,9 @@ class GolemCheck:
         """Yield the results one by one. A check whose condition is not met is left out."""
         yield from self._check_daemon()
         yield self._check_gftp()
+        if not self._models:
+            finding, remedy = f"No model is installed in {self._folder}.", "mlg models compile efficientnet_lite0"
+            yield CheckResult(name="models", is_ok=False, finding=finding, remedy=f"Install one: {remedy}")
         for model in self._models:
             yield self._check_image(model)
         if self._identity is None:
