@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
+import subprocess
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batcher import scheduler, systemd
+from batcher import systemd
 from batcher.executors import Outcome
-from batcher.scheduler import OnceReport, run_batcher
+from batcher.executors.local import LocalTimings
+from batcher.scheduler import OnceReport
 from provider_image.errors import BrokenArtefact
-from store import new_id
+from scripts.benchmarks import processes
 from store.states import RequestState
+from store.store import Store
 from tests.batcher.conftest import now
+from tests.timing import DEADLINE_SECONDS, wait_until
+
+ROOT = Path(__file__).parents[2]
 
 
 def run_once(make: Any) -> OnceReport:
@@ -235,37 +240,30 @@ def test_expired_data_is_deleted_at_the_start(harness: Any, batcher: Any) -> Non
 
 @pytest.mark.parametrize("name", ["notify", "@mlg-test-notify"])
 def test_systemd_is_asked_for_the_time_to_stop_that_the_settings_grant(
-    name: str, harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harness.change_settings(drain_seconds=7.0)
-    harness.executor.stop_seconds = lambda: 600.0
-    monkeypatch.setattr(scheduler, "load_executor", lambda names, context: harness.executor)
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     address = f"\0{name[1:]}-{os.getpid()}" if name.startswith("@") else name
-
-    async def main(environment: dict[str, str]) -> None:
-        run = asyncio.create_task(
-            run_batcher(
-                harness.settings,
-                harness.home_settings,
-                harness.store,
-                environment,
-                batcher_id=new_id(),
-                is_once=False,
-            )
-        )
-        await harness.until(lambda: harness.store.batchers.list(seen_since=now() - timedelta(days=1)))
-        os.kill(os.getpid(), signal.SIGTERM)
-        await run
+    home = str(store.database.path.parent)
+    variables = {"NOTIFY_SOCKET": address.replace("\0", "@"), "MLG_DRAIN_SECONDS": "7", "PYTHONPATH": str(ROOT)}
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(address)
-        listener.setblocking(False)
-        asyncio.run(main({"NOTIFY_SOCKET": address.replace("\0", "@")}))
-        received = listener.recv(4096)
+        listener.settimeout(DEADLINE_SECONDS)
+        batcher = subprocess.Popen(processes.mlg("batch", "--home", home), env={**os.environ, **variables})
+        try:
+            wait_until(lambda: store.batchers.list(seen_since=now() - timedelta(days=1)))
+            batcher.terminate()
+            received = listener.recv(4096)
+            status = batcher.wait(DEADLINE_SECONDS)
+        finally:
+            batcher.kill()
+            batcher.wait()
 
     # Drain, results, executor, and a margin.
-    assert received == b"EXTEND_TIMEOUT_USEC=%d" % ((7 + 5 + 600 + 15) * 1_000_000)
+    executor_seconds = LocalTimings().stop_seconds
+    assert received == b"EXTEND_TIMEOUT_USEC=%d" % ((7 + 5 + executor_seconds + 15) * 1_000_000)
+    assert status == 0
 
 
 def test_a_batcher_that_systemd_does_not_hear_stops_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
