@@ -446,10 +446,12 @@ def test_agreements_and_allocations_are_closed_although_the_daemon_cannot_list_a
 def test_a_batcher_ends_the_agreements_of_another_that_is_killed_meanwhile(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         async with aiohttp.ClientSession() as http:
-            other = Requestor(harness.devnet, http)
+            other, workspace = Requestor(harness.devnet, http), Workspace(harness.work.parent, "other001")
+            workspace.create()
             await other.allocate("0.1")
             tag = (harness.work.parent / "golem-home").read_text().strip()
             id = await other.agree(await other.subscribe(**{OWNER: f"{tag}.other001-1"}))
+            workspace.remove()  # as if its batcher were killed now
             agreements = harness.devnet.market.agreements
             await until(lambda: agreements[id].state == "Terminated")
         await until(lambda: harness.store.ledger.agreements(is_open=True) == [])
