@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from store.errors import StoreUnavailable
+from store.process_lock import is_held
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ class Workspace:
             # Without it, a batcher that starts could remove a folder that another has created but not locked yet.
             with (self._work / ".lock").open("w") as lock_file:
                 fcntl.flock(lock_file, fcntl.LOCK_EX)
-                removed = [path.name for path in sorted(self._work.iterdir()) if path.is_dir() and not _is_locked(path)]
+                removed = [
+                    path.name for path in sorted(self._work.iterdir()) if path.is_dir() and not is_held(path / _LOCK)
+                ]
                 for name in removed:
                     shutil.rmtree(self._work / name, ignore_errors=True)
                 self.folder.mkdir(mode=0o700)
@@ -69,18 +72,4 @@ def is_alive(work: Path, batcher_id: str) -> bool:
     :param work: the folder of all batchers' folders.
     :param batcher_id: or the name of its folder.
     """
-    return _is_locked(work / batcher_id[:_NAME_LENGTH])
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+    return is_held(work / batcher_id[:_NAME_LENGTH] / _LOCK)

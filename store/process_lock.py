@@ -1,7 +1,7 @@
-"""A file lock that tells other processes on the same home whether this one still runs.
+"""File locks that tell other processes on the same home whether the one that holds them still runs.
 
-Used by `store/idempotency.py`. The kernel releases the lock when the process ends, however it ends, so no clock decides
-and nothing has to be renewed. The files are in `locks` in the home; the next process removes those of ended ones.
+Used by `store/idempotency.py`, and by `batcher/workspace.py` for the folders of batchers. The kernel releases a lock
+when the process ends, however it ends, so no clock decides and nothing has to be renewed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,32 @@ from pathlib import Path
 from store.images import as_store_error
 
 
+def is_held(path: Path, *, removes_free: bool = False) -> bool:
+    """Tell whether a process holds the lock on a file; False if there is no file.
+
+    :param removes_free: remove a file that nobody holds.
+    :raises OSError:
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if removes_free:
+            path.unlink(missing_ok=True)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
 class ProcessLock:
-    """The lock of this process, taken when it is first needed, and a look at those of others."""
+    """The lock of this process in a folder, taken when it is first needed, and a look at those of others.
+
+    The next process removes the files of those that have ended.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -33,7 +57,7 @@ class ProcessLock:
                 try:
                     self._folder.mkdir(exist_ok=True, mode=0o700)
                     for path in self._folder.iterdir():
-                        self._is_held(path)
+                        is_held(path, removes_free=True)
                     self._descriptor = self._lock(self._folder / id)
                 except OSError as error:
                     raise as_store_error(error, self._folder) from error
@@ -46,7 +70,7 @@ class ProcessLock:
     def is_alive(self, id: str) -> bool:
         """Tell whether the process with this id runs. :raises StoreError:"""
         try:
-            return id == self._id or self._is_held(self._folder / id)
+            return id == self._id or is_held(self._folder / id, removes_free=True)
         except OSError as error:
             raise as_store_error(error, self._folder) from error
 
@@ -73,20 +97,4 @@ class ProcessLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.fstat(descriptor).st_nlink:
                 return descriptor
-            os.close(descriptor)
-
-    @staticmethod
-    def _is_held(path: Path) -> bool:
-        """Tell whether a process holds a lock file; remove it if none does."""
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
             os.close(descriptor)
