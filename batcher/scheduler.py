@@ -30,9 +30,9 @@ from batcher.waiting import wait_for_first
 from batcher.workspace import Workspace
 from provider_image.errors import MlgError
 from provider_image.models.artefact import find_artefact
-from store.batchers import BatcherRecord
-from store.controls import ControlState
 from store.errors import StoreError
+from store.processes.batchers import BatcherRecord
+from store.processes.controls import ControlState
 from store.requests import Requests
 from store.settings import HomeSettings
 from store.store import Store

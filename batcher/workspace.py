@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from store.errors import StoreUnavailable
-from store.process_lock import is_held
+from store.processes.process_lock import is_held
 
 log = logging.getLogger(__name__)
 

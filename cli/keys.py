@@ -16,10 +16,10 @@ from cli.options import home_option, json_option, parse_duration
 from cli.tables import local_time, print_json_lines, print_records, printable
 from provider_image.errors import ConfigError
 from server.record_json import fields
-from store.keys import Scope
+from store.clients.keys import Scope
 
 if TYPE_CHECKING:
-    from store.keys import KeyRecord
+    from store.clients.keys import KeyRecord
 
 #: Maximum length of a key's name.
 MAX_NAME_LENGTH = 100
@@ -75,7 +75,7 @@ def create(
     name = name.strip()
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise click.BadParameter(f"A key's name has 1 to {MAX_NAME_LENGTH} printable characters.", param_hint="NAME")
-    from store.keys import KeyRecord, hash_key, make_key
+    from store.clients.keys import KeyRecord, hash_key, make_key
 
     now = datetime.now(UTC)
     try:

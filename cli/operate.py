@@ -18,7 +18,7 @@ from cli.tables import make_table, print_json_lines, print_table, printable
 from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
-    from store.controls import Pause
+    from store.processes.controls import Pause
 
 #: Interval at which `drain --wait` checks the queue.
 POLL_SECONDS = 0.25
@@ -47,7 +47,7 @@ def pause(reason: str | None) -> None:
     Example:
       mlg operate pause --reason "network maintenance"
     """
-    from store.controls import Mode
+    from store.processes.controls import Mode
 
     with open_store() as store:
         _print_pause(store.controls.pause(Mode.PAUSED, by=_current_user(), now=datetime.now(UTC), reason=reason))
@@ -75,7 +75,7 @@ def drain(reason: str | None, wait: bool, patience: float) -> None:
     Example:
       mlg operate drain --wait && systemctl stop mlg-batcher
     """
-    from store.controls import Mode
+    from store.processes.controls import Mode
 
     deadline = time.monotonic() + patience
     with open_store() as store:

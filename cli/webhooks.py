@@ -20,7 +20,7 @@ from server.record_json import fields
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from store.webhooks import DeliveryRecord, EndpointRecord
+    from store.clients.webhooks import DeliveryRecord, EndpointRecord
 
 list_options = with_options(
     click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Maximum number."),
@@ -66,7 +66,7 @@ def add_webhook(url: str, events: str, as_json: bool) -> None:
       mlg webhooks add https://example.org/hooks/mlg --events batch.done
     """
     from server.webhooks import check_webhook
-    from store.webhooks import EVENTS, EndpointRecord, new_secret
+    from store.clients.webhooks import EVENTS, EndpointRecord, new_secret
 
     chosen = tuple(dict.fromkeys(event.strip() for event in events.split(",") if event.strip()))
     unknown = sorted(set(chosen) - set(EVENTS))
@@ -123,7 +123,7 @@ def rotate_secret(id: str | None, as_json: bool) -> None:
       mlg webhooks rotate we_0123456789ab
       mlg webhooks rotate alice
     """
-    from store.keys import UnknownKey
+    from store.clients.keys import UnknownKey
 
     with open_store() as store:
         keys = [key for key in store.keys.list() if id in (key.id, key.name) and key.revoked_at is None]
@@ -167,8 +167,8 @@ def test_webhook(id: str) -> None:
     from server.errors import DeliveryFailed
     from server.http_client import HttpClient
     from server.webhooks import send
+    from store.clients.webhooks import UnknownWebhook
     from store.rows import to_text
-    from store.webhooks import UnknownWebhook
 
     settings = ServerSettings.from_env(environment())
     with open_store() as store:

@@ -1,6 +1,6 @@
 """The devnet: a simulated daemon and its providers, in the event loop of this process.
 
-Used by `cli/devnet.py` and by tests:
+Used by `cli/rentals/devnet.py` and by tests:
 
     async with Devnet(default_scenario(3), folder=tmp_path, home=home) as devnet:
         os.environ.update(devnet.variables)

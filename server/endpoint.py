@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from provider_image.service import Param
 from provider_image.services import REGISTRY, load_service
-from store.keys import Scope
+from store.clients.keys import Scope
 
 View = TypeVar("View", bound=Callable[..., Any])
 #: Tag of the pages for browsers.

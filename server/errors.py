@@ -12,9 +12,9 @@ from provider_image import errors
 from provider_image.errors import BadInput, MlgError, TooManyBytes
 from store import errors as store_errors
 from store.batches import BatchInProgress, DuplicateClientId
-from store.idempotency import IdempotencyKeyReused
-from store.providers import UnknownProvider
-from store.webhooks import UnknownWebhook
+from store.clients.idempotency import IdempotencyKeyReused
+from store.clients.webhooks import UnknownWebhook
+from store.rentals.providers import UnknownProvider
 
 # Access
 

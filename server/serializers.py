@@ -19,9 +19,9 @@ from provider_image.service import check_params, primary_input
 from provider_image.services import REGISTRY, load_service
 from server.record_json import fields, given_fields
 from server.status.eta import WaitEstimate
+from store.clients.webhooks import DeliveryRecord
 from store.requests import RequestRecord
 from store.states import RequestState
-from store.webhooks import DeliveryRecord
 
 
 def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: WaitEstimate | None) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from server.errors import DeliveryFailed, UrlRefused
 from server.http_client import HttpClient, RequestFailed, check_url
 from server.record_json import fields
 from server.serializers import parse_read_params, serialize_request
+from store.clients.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook
 from store.errors import UnknownRequest
 from store.rows import to_text
 from store.store import Store
-from store.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook
 
 log = logging.getLogger(__name__)
 

@@ -30,10 +30,10 @@ from typing import Any, TypeVar
 
 from provider_image.errors import MlgError
 from store.amounts import equal_share, total
+from store.clients.keys import count_images
 from store.database import Database, Transaction, WriteFunction
 from store.errors import StoreError, StoreUnavailable, UnknownRequest
 from store.images import ImageStore, StagedImage
-from store.keys import count_images
 from store.requests import (
     FORGET,
     RESET,

@@ -12,7 +12,7 @@ from decimal import Decimal
 
 from store.amounts import to_amount
 from store.database import Database, Transaction
-from store.ledger import split_invoices
+from store.rentals.ledger import split_invoices
 from store.rows import from_row, insert_sql, to_row, to_text
 
 #: The throughput is measured over this many latest chunks of a model.

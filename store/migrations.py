@@ -17,10 +17,10 @@ import sqlite_utils
 
 from provider_image.errors import ConfigError
 from store.amounts import ZERO, to_amount, total
-from store.ledger import BillState
+from store.clients.webhooks import host_of, new_secret
+from store.rentals.ledger import BillState
 from store.rows import to_text
 from store.states import RequestState
-from store.webhooks import host_of, new_secret
 
 Step = Callable[[sqlite_utils.Database], None]
 

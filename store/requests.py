@@ -19,11 +19,11 @@ from decimal import Decimal
 from typing import Any
 
 from store.amounts import equal_share
+from store.clients.keys import count_images
 from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
 from store.files import NewFile, StoredFile, digests_of_files, files_from_text, files_to_text
 from store.images import ImageStore, StagedImage
-from store.keys import count_images
 from store.rows import from_row, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
 from store.transition import transition

@@ -12,14 +12,14 @@ from datetime import datetime, timedelta
 
 from store.batches import Batches
 from store.changes import Changes
+from store.clients.idempotency import Idempotency
+from store.clients.webhooks import Webhooks
 from store.database import Database, Transaction, WriteFunction
 from store.files import digests_of_inputs
-from store.idempotency import Idempotency
 from store.images import ImageStore, is_needed
 from store.migrations import KEEP_UNTIL_SQL
 from store.requests import ROWS_PER_COMMIT, delete_requests
 from store.rows import to_text
-from store.webhooks import Webhooks
 
 #: How long a listener may be disconnected and still receive only what it missed.
 KEEP_CHANGES = timedelta(days=1)

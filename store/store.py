@@ -16,28 +16,28 @@ import time
 
 import sqlite_utils
 
-from store.batchers import Batchers
 from store.batches import Batches
 from store.changes import Changes
 from store.chunks import Chunks
-from store.controls import Controls
+from store.clients.idempotency import Idempotency
+from store.clients.keys import Keys
+from store.clients.webhooks import Webhooks
 from store.database import Database, connect, database_error
-from store.decisions import Decisions
 from store.errors import StoreUnavailable
-from store.idempotency import Idempotency
 from store.images import ImageStore, as_store_error
-from store.keys import Keys
-from store.lease_clock import LeaseClock
-from store.ledger import Ledger
 from store.migrations import migrate
-from store.providers import Providers
+from store.processes.batchers import Batchers
+from store.processes.controls import Controls
+from store.processes.lease_clock import LeaseClock
+from store.rentals.decisions import Decisions
+from store.rentals.ledger import Ledger
+from store.rentals.providers import Providers
+from store.rentals.reservations import Reservations
 from store.requests import Requests
-from store.reservations import Reservations
 from store.retention import Retention
 from store.search import Search
 from store.settings import HomeSettings
 from store.stats import Stats
-from store.webhooks import Webhooks
 
 
 class Store:

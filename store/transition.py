@@ -19,10 +19,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from store.clients.webhooks import host_of
 from store.database import Transaction
 from store.rows import from_text, to_text
 from store.states import EXPIRED, RequestState
-from store.webhooks import host_of
 
 #: Upper bounds, in seconds, of the histogram of the time from a request's arrival to its end. Stored with the counts.
 DURATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600, 14400, 86400, float("inf"))

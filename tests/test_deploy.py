@@ -25,7 +25,7 @@ from server.app import create_app
 from server.process import request_threads
 from server.settings import ServerSettings
 from store import new_id
-from store.batchers import BatcherRecord
+from store.processes.batchers import BatcherRecord
 from store.requests import Answer, NewRequest
 from store.store import Store
 from tests.contexts import make_context

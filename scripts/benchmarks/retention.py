@@ -24,8 +24,8 @@ import click
 
 from scripts.benchmarks import photos, processes, stored_requests
 from scripts.benchmarks.measuring import in_turns, print_table, rounds_option, seconds_option, timed, work_folder
+from store.clients.webhooks import host_of
 from store.rows import to_text
-from store.webhooks import host_of
 
 #: Connections that upload.
 CONNECTIONS = 4

@@ -21,7 +21,7 @@ import click
 from scripts.benchmarks import photos
 from scripts.benchmarks.measuring import print_table, seconds_option, work_folder
 from scripts.benchmarks.processes import serving_home
-from store.keys import KeyRecord, Scope, hash_key, make_key
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.settings import HomeSettings
 from store.store import Store
 

@@ -34,8 +34,8 @@ from server.endpoint import get_operation
 from server.errors import CrossSite, KeyMissing, KeyRefused, RateLimited, ScopeMissing, WrongHost
 from server.settings import ServerSettings
 from store.batches import BatchRecord, UnknownBatch
+from store.clients.keys import KeyRecord, Keys, Scope
 from store.errors import QuotaReached, StoreError, UnknownRequest
-from store.keys import KeyRecord, Keys, Scope
 from store.requests import RequestRecord
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
+from store.clients.keys import TOUCH_SECONDS, KeyRecord, Keys, key_id_of, verify_key
 from store.errors import StoreError
-from store.keys import TOUCH_SECONDS, KeyRecord, Keys, key_id_of, verify_key
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from server.errors import RateLimited
-from store.keys import KeyRecord, Keys
+from store.clients.keys import KeyRecord, Keys
 
 #: Names of the limits in the headers.
 REQUESTS_PER_MINUTE, IMAGES_PER_DAY = "requests-per-minute", "pictures-per-day"

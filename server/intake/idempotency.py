@@ -6,7 +6,7 @@ was cut short or refused leaves nothing under its key, and may be sent again.
 
 `server/app.py` installs it after the guard, because keys are separate for each API key; views that are open to
 everybody, those that only read and the pages have no part in it. A view with a body calls `once` when it has read the
-body; for other views `Views.register` does. What a killed server leaves is said in `store/idempotency.py`.
+body; for other views `Views.register` does. What a killed server leaves is said in `store/clients/idempotency.py`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from server.auth.guard import current_key_id
 from server.endpoint import PAGES, Operation, get_operation
 from server.errors import KeyUnderWay
 from server.intake.uploads import IDEMPOTENCY_KEY, ActiveReads, body_digest, read_fields, read_pieces
+from store.clients.idempotency import EarlierRequest, Idempotency, IdempotencyKeyReused, SavedResponse
+from store.clients.keys import Scope
 from store.errors import StoreError
-from store.idempotency import EarlierRequest, Idempotency, IdempotencyKeyReused, SavedResponse
-from store.keys import Scope
 
 log = logging.getLogger(__name__)
 

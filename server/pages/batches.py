@@ -19,7 +19,7 @@ from server.pages.cards import STATE_LABELS
 from server.pages.render import page, url_with_query
 from server.pages.requests import CARDS_PER_PAGE, check_state
 from store.batches import BatchRecord
-from store.keys import Scope
+from store.clients.keys import Scope
 from store.search import Query
 
 #: Rejected images that a page lists.

@@ -13,7 +13,7 @@ from server.context import Views
 from server.endpoint import PAGES, operation
 from server.pages.render import page
 from server.serializers import serialize_models
-from store.keys import Scope
+from store.clients.keys import Scope
 
 
 class HomeViews(Views):

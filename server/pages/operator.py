@@ -12,7 +12,7 @@ from server.endpoint import PAGES, operation
 from server.pages.charts import minutes_chart, points_chart
 from server.pages.render import page
 from server.status.eta import FULL_CHUNK_ITEMS
-from store.keys import Scope
+from store.clients.keys import Scope
 
 
 class OperatorPageViews(Views):

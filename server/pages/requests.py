@@ -17,7 +17,7 @@ from server.endpoint import PAGES, operation
 from server.pages.cards import STATE_LABELS, timeline, top_classes
 from server.pages.render import page, url_with_query
 from server.serializers import serialize_models
-from store.keys import Scope
+from store.clients.keys import Scope
 from store.requests import RequestRecord
 from store.search import Query
 

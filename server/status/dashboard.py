@@ -21,10 +21,10 @@ from server.record_json import fields, to_json
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
 from store.amounts import EXACT, ZERO, format_amount
-from store.batchers import BatcherRecord
 from store.chunks import ChunkRecord
-from store.ledger import AllocationRecord, CostRow
-from store.providers import ProviderRecord
+from store.processes.batchers import BatcherRecord
+from store.rentals.ledger import AllocationRecord, CostRow
+from store.rentals.providers import ProviderRecord
 from store.rows import to_text
 from store.stats import AnsweredRequest, FailureRecord, MinuteStats
 from store.store import Store

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from store.batchers import BatcherRecord
 from store.chunks import Throughput
+from store.processes.batchers import BatcherRecord
 from store.requests import ISOLATION_STEPS, ModelBacklog, RequestRecord
 from store.states import RequestState
 

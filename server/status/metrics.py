@@ -16,7 +16,7 @@ from decimal import Decimal
 from importlib.metadata import version
 
 from server.status.dashboard import CHART_MINUTES, Dashboard, smallest_budget
-from store.controls import Mode
+from store.processes.controls import Mode
 from store.stats import OutcomeTotal
 
 _VERSION = version("mlg")

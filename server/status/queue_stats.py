@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 
 from server.status.eta import ALIVE_SECONDS
 from server.status.stale_cache import StaleCache
-from store.batchers import BatcherRecord
 from store.chunks import Throughput
+from store.processes.batchers import BatcherRecord
 from store.requests import ModelBacklog
 from store.store import Store
 

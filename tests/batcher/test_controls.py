@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from server.status.eta import EtaInputs, estimate
-from store.controls import Mode
+from store.processes.controls import Mode
 from store.states import RequestState
 from tests.batcher.conftest import now
 

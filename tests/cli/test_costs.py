@@ -13,17 +13,17 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cli.bills import bills
-from cli.costs import costs
-from cli.providers import providers
+from cli.rentals.bills import bills
+from cli.rentals.costs import costs
+from cli.rentals.providers import providers
 from cli.requests import requests
 from provider_image.errors import ConfigError
 from store import new_id
 from store.amounts import format_amount
 from store.chunks import ChunkRecord
-from store.decisions import BillKind, DecisionRecord
-from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
-from store.providers import UnknownProvider
+from store.rentals.decisions import BillKind, DecisionRecord
+from store.rentals.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.rentals.providers import UnknownProvider
 from store.requests import Answer, NewRequest
 from store.store import Store
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from cli.keys import keys
-from store.keys import hash_key, key_id_of
+from store.clients.keys import hash_key, key_id_of
 from tests.conftest import RunningServer
 
 ROOT = Path(__file__).parents[2]

@@ -12,11 +12,11 @@ import pytest
 from store import new_id
 from store.batches import BatchInProgress, BatchRecord
 from store.chunks import ChunkRecord
+from store.clients.webhooks import EVENTS, EndpointRecord
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
 from store.requests import Answer, Blame, Claim, NewRequest
 from store.store import Store
 from store.transition import DURATION_BUCKETS
-from store.webhooks import EVENTS, EndpointRecord
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 #: Names of the final states.

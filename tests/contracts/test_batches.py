@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from store import new_id
 from store.batches import BatchInProgress, BatchRecord, RefusedItem, UnknownBatch
 from store.chunks import ChunkRecord
+from store.clients.idempotency import MIN_BYTES, EarlierRequest, Idempotency, KeyReservation, SavedResponse
 from store.errors import NotRemovable, StoreUnavailable, UnknownRequest
-from store.idempotency import MIN_BYTES, EarlierRequest, Idempotency, KeyReservation, SavedResponse
 from store.images import StagedImage
 from store.requests import Answer, Claim, NewRequest, RequestRecord
 from store.search import Query

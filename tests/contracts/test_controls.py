@@ -6,7 +6,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from store.controls import PAUSE, ControlState, Mode
+from store.processes.controls import PAUSE, ControlState, Mode
 from store.store import Store
 from tests.contracts.conftest import OpenStore
 

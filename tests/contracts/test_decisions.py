@@ -9,8 +9,8 @@ from decimal import Decimal
 
 import pytest
 
-from store.decisions import BILLED_BEFORE, BillKind, DecisionRecord
-from store.ledger import BillState, InvoiceRecord
+from store.rentals.decisions import BILLED_BEFORE, BillKind, DecisionRecord
+from store.rentals.ledger import BillState, InvoiceRecord
 from store.store import Store
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)

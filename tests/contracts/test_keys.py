@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from store import new_id
+from store.clients.keys import KeyNameTaken, KeyRecord, Scope, UnknownKey, hash_key, key_id_of, make_key, verify_key
 from store.errors import QuotaReached
-from store.keys import KeyNameTaken, KeyRecord, Scope, UnknownKey, hash_key, key_id_of, make_key, verify_key
 from store.requests import NewRequest, RequestRecord
 from store.store import Store
 

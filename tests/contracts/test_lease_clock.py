@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from store.lease_clock import LeaseClock, read_boot_id
+from store.processes.lease_clock import LeaseClock, read_boot_id
 from store.store import Store
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)

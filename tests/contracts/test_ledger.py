@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from store import new_id
 from store.amounts import total
 from store.chunks import ChunkRecord
-from store.ledger import (
+from store.rentals.ledger import (
     COSTS_BY,
     ActivityRecord,
     AgreementRecord,
@@ -28,7 +28,7 @@ from store.ledger import (
     DebitNoteRecord,
     InvoiceRecord,
 )
-from store.providers import UnknownProvider
+from store.rentals.providers import UnknownProvider
 from store.requests import Answer, NewRequest, RequestRecord
 from store.store import Store
 from tests.contracts.conftest import OpenStore

@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from store.amounts import total
 from store.database import Transaction
-from store.ledger import AgreementRecord, AllocationRecord, BillState, DebitNoteRecord, InvoiceRecord
-from store.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
+from store.rentals.ledger import AgreementRecord, AllocationRecord, BillState, DebitNoteRecord, InvoiceRecord
+from store.rentals.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
 from store.settings import HomeSettings
 from store.store import Store
 from tests.contracts.conftest import OpenStore

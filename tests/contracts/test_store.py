@@ -14,9 +14,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, 
 
 from batcher.settings import BatcherSettings
 from store import new_id
-from store.batchers import BatcherRecord
 from store.chunks import ChunkRecord
 from store.errors import NotCancellable, NotRetryable, UnknownRequest
+from store.processes.batchers import BatcherRecord
 from store.requests import MAX_ATTEMPTS, Answer, Blame, Claim, NewRequest, RequestRecord
 from store.states import RequestState
 from store.store import Store

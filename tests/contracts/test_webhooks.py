@@ -10,9 +10,9 @@ import pytest
 
 from store import new_id
 from store.batches import BatchRecord
+from store.clients.webhooks import DeliveryRecord, EndpointRecord, UnknownWebhook, new_secret
 from store.requests import Answer, Blame, NewRequest
 from store.store import Store
-from store.webhooks import DeliveryRecord, EndpointRecord, UnknownWebhook, new_secret
 
 MODEL = "m"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -196,7 +196,7 @@ def test_an_owner_with_older_deliveries_does_not_come_first_each_time(store: Sto
 
 
 def test_an_owner_with_many_hosts_is_looked_at_in_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("store.webhooks.MAX_HOSTS_PER_CLAIM", 3)
+    monkeypatch.setattr("store.clients.webhooks.MAX_HOSTS_PER_CLAIM", 3)
     for number in range(7):
         add(store, key_id="many", webhook=f"https://{number}.example.org/")
     answer_all(store)

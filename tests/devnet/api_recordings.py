@@ -21,7 +21,7 @@ from batcher.executors.golem.yapapi_adapter import OWNER
 from devnet.api.application import IMAGE_PATH, ApiCall
 from devnet.daemon import Devnet
 from devnet.scenario import Fault, default_scenario
-from store.ledger import AllocationRecord
+from store.rentals.ledger import AllocationRecord
 from tests.devnet.requestor import (
     ACTIVITY,
     BOOT_COMMANDS,

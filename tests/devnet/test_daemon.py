@@ -252,9 +252,9 @@ def test_only_the_command_imports_the_devnet_and_only_in_functions() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             if re.search(r"^\s*(from|import) devnet\b", path.read_text(), re.MULTILINE):
                 found.add(str(path.relative_to(ROOT)))
-    code = "import sys, cli.devnet; sys.exit(any(name.split('.')[0] == 'devnet' for name in sys.modules))"
+    code = "import sys, cli.rentals.devnet; sys.exit(any(name.split('.')[0] == 'devnet' for name in sys.modules))"
 
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
 
-    assert found == {"cli/devnet.py"}
+    assert found == {"cli/rentals/devnet.py"}
     assert done.returncode == 0

@@ -28,10 +28,10 @@ from server.errors import DeliveryFailed
 from server.http_client import HttpClient
 from server.settings import ServerSettings
 from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, check_webhook, send, sign
-from store.keys import KeyRecord, Scope, UnknownKey, hash_key, make_key
+from store.clients.keys import KeyRecord, Scope, UnknownKey, hash_key, make_key
+from store.clients.webhooks import MAX_DELIVERIES_PER_HOST, EndpointRecord, UnknownWebhook, new_secret
 from store.requests import Answer
 from store.store import Store
-from store.webhooks import MAX_DELIVERIES_PER_HOST, EndpointRecord, UnknownWebhook, new_secret
 from tests.conftest import MODEL, OUTPUT, RunningServer
 from tests.timing import DEADLINE_SECONDS, wait_until
 

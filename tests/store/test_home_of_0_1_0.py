@@ -26,14 +26,14 @@ import pytest
 
 from server.app import create_app
 from server.settings import ServerSettings
-from store.controls import Mode
-from store.idempotency import SavedResponse
-from store.keys import Scope, key_id_of, verify_key
+from store.clients.idempotency import SavedResponse
+from store.clients.keys import Scope, key_id_of, verify_key
+from store.clients.webhooks import DeliveryRecord
 from store.migrations import STEPS
+from store.processes.controls import Mode
 from store.requests import Answer
 from store.states import RequestState
 from store.store import Store
-from store.webhooks import DeliveryRecord
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = Path(__file__).with_name("home_of_0_1_0.zip")

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 
 from store.batches import ARRIVAL_SECONDS, BatchRecord, RefusedItem, UnknownBatch
+from store.clients.keys import KeyRecord, Scope
+from store.clients.webhooks import EndpointRecord
 from store.database import Transaction
 from store.errors import QuotaReached, StoreBusy, StoreError
 from store.images import ImageStore
-from store.keys import KeyRecord, Scope
 from store.requests import ROWS_PER_COMMIT, Answer, Blame, Claim, NewRequest
 from store.search import Query
 from store.settings import HomeSettings
 from store.states import RequestState
 from store.store import Store
-from store.webhooks import EndpointRecord
 from tests.contracts.history import DIGEST, read_facts
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)

@@ -1,7 +1,7 @@
 """Checks what the golem executor needs, one thing after another, and says for each what is wrong and what to do.
 
-Called by `cli/golem.py`. It makes the calls of the executor without its session, so that every failure has a place of
-its own: nothing is rented, and what is opened at the daemon is closed again.
+Called by `cli/rentals/golem.py`. It makes the calls of the executor without its session, so that every failure has a
+place of its own: nothing is rented, and what is opened at the daemon is closed again.
 """
 
 from __future__ import annotations

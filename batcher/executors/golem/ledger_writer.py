@@ -17,7 +17,7 @@ from batcher.executors.golem.offers import Price, describe_offer
 from batcher.executors.golem.timings import GolemTimings
 from provider_image.errors import MlgError
 from store.errors import StoreError
-from store.ledger import AgreementRecord
+from store.rentals.ledger import AgreementRecord
 
 log = logging.getLogger(__name__)
 

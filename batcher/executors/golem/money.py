@@ -4,7 +4,7 @@
 extends the reservation before further chunks and while a worker idles; `end_agreement` replaces it by what the
 agreement may cost until the end that the daemon acknowledged, and `payments.py` settles it with the bill, in the
 transaction that records the invoice. All batchers of a home reserve in the same table, so the caps hold for them
-together. The rules are in `store/reservations.py`; how much an agreement may cost is `GolemTimings.cost_limit`.
+together. The rules are in `store/rentals/reservations.py`; how much an agreement may cost is `GolemTimings.cost_limit`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from batcher.errors import BudgetReached
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import Price
 from batcher.executors.golem.timings import GolemTimings
-from store.decisions import BillKind
 from store.errors import StoreBusy
-from store.ledger import AgreementRecord
-from store.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
+from store.rentals.decisions import BillKind
+from store.rentals.ledger import AgreementRecord
+from store.rentals.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
 from store.store import Store
 
 log = logging.getLogger(__name__)

@@ -3,8 +3,8 @@
 Run by `session.py`. yapapi's own payment loops are switched off: one failed poll ends them, they pay any amount, and
 one unexpected debit note makes them terminate the agreement with its work. This module compares a bill (an invoice or a
 debit note) with the most that the agreement can have cost by the local clock until its end, keeps the decision in the
-store (`store/decisions.py`), and then carries it out. A batcher that is killed in between leaves a decision that the
-next one carries out; nobody judges the bill again.
+store (`store/rentals/decisions.py`), and then carries it out. A batcher that is killed in between leaves a decision
+that the next one carries out; nobody judges the bill again.
 
 Bills are found by the daemon's events, which are kept and ordered; its lists of bills are neither ordered nor complete
 above the size of a page. Each bill is settled in a task of its own, which tries again until it succeeds, so that one
@@ -29,8 +29,8 @@ from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import NO_SUCH_CALL, tagged
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
 from store.amounts import bounded
-from store.decisions import BILLED_BEFORE, BillKind, DecisionRecord
-from store.ledger import AgreementRecord
+from store.rentals.decisions import BILLED_BEFORE, BillKind, DecisionRecord
+from store.rentals.ledger import AgreementRecord
 
 if TYPE_CHECKING:
     from batcher.executors.golem.session import Session

@@ -19,7 +19,7 @@ from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import BadOffer, Price, describe_offer
 from batcher.executors.golem.settings import GolemSettings
-from store.providers import Providers
+from store.rentals.providers import Providers
 from store.requests import ISOLATION_STEPS, MAX_ATTEMPTS
 
 if TYPE_CHECKING:

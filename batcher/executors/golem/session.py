@@ -27,7 +27,7 @@ from batcher.executors.golem.yapapi_adapter import (
     shield_file_server,
     temporary_files_in,
 )
-from store.ledger import AllocationRecord
+from store.rentals.ledger import AllocationRecord
 
 log = logging.getLogger(__name__)
 

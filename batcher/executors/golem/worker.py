@@ -27,7 +27,7 @@ from batcher.executors.golem.timings import idle_seconds
 from batcher.executors.golem.yapapi_adapter import explain, stop_receiving
 from provider_image.errors import ChunkTimeout, MalformedResults, MlgError, WorkerDied
 from store.errors import StoreError
-from store.ledger import ActivityRecord
+from store.rentals.ledger import ActivityRecord
 
 if TYPE_CHECKING:
     from batcher.executors.golem.worker_pool import PublishedDemand, WorkerPool

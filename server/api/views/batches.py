@@ -32,7 +32,7 @@ from server.intake.uploads import query_fields
 from server.record_json import fields, given_fields, to_json
 from server.serializers import parse_read_params
 from store.batches import BatchRecord
-from store.keys import Scope
+from store.clients.keys import Scope
 from store.requests import RequestRecord
 from store.states import RequestState
 

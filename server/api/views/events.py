@@ -19,8 +19,8 @@ from server.errors import ScopeMissing
 from server.intake.uploads import query_fields
 from server.live.changes import Listener
 from server.live.sse import STREAMED, Stream, is_end_id, stream_counts, stream_requests
+from store.clients.keys import Scope
 from store.errors import UnknownRequest
-from store.keys import Scope
 
 #: Requests of one stream.
 MAX_IDS = 1000

@@ -1,7 +1,7 @@
 """Views for operators: the dashboard's figures as JSON, Prometheus metrics, and the controls.
 
-The figures come from `server/status/dashboard.py`, what the controls do is in `store/controls.py`. The forms of
-the operator's page and programs use the same paths; a browser is redirected to the page.
+The figures come from `server/status/dashboard.py`, what the controls do is in `store/processes/controls.py`. The forms
+of the operator's page and programs use the same paths; a browser is redirected to the page.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from server.intake.uploads import read_fields
 from server.record_json import fields
 from server.status.dashboard import ban_fields
 from server.status.metrics import CONTENT_TYPE, exposition, families
-from store.controls import Mode
-from store.keys import Scope
-from store.providers import ProviderRecord
+from store.clients.keys import Scope
+from store.processes.controls import Mode
+from store.rentals.providers import ProviderRecord
 
 #: The page that shows the same; see `server/pages/operator.py`.
 PAGE_PATH = "/ui/operator"

@@ -18,7 +18,7 @@ from server.intake.accept import ReceivedImage
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.uploads import read_fields
 from server.serializers import parse_read_params
-from store.keys import Scope
+from store.clients.keys import Scope
 from store.requests import RequestRecord
 
 _IMAGE_SCHEMA = {"type": "string", "format": "binary", "description": "JPEG, PNG, WebP, GIF, BMP or TIFF."}

@@ -21,8 +21,8 @@ from server.intake.uploads import clean_name
 from server.record_json import fields, given_fields
 from server.serializers import is_image
 from server.thumbnails import MAX_THUMBNAIL_PIXELS, MIN_THUMBNAIL_PIXELS
+from store.clients.keys import Scope
 from store.errors import ImageGone, UnknownFile
-from store.keys import Scope
 from store.requests import RequestRecord
 from store.rows import to_text
 from store.search import Query

@@ -15,8 +15,8 @@ from server.auth.guard import current_key_id
 from server.context import Views
 from server.endpoint import operation
 from server.serializers import serialize_delivery
-from store.keys import Scope
-from store.webhooks import DELIVERY_STATES
+from store.clients.keys import Scope
+from store.clients.webhooks import DELIVERY_STATES
 
 #: Deliveries in one response.
 MAX_LISTED = 500

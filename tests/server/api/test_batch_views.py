@@ -20,7 +20,7 @@ import pytest
 from server.app import create_app
 from server.intake.batch_parser import parse_items
 from server.settings import ServerSettings
-from store.keys import KeyRecord, Scope, hash_key, make_key
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.store import Store
 
 URL = "/requestPredictions/efficientnet_lite0"

@@ -13,9 +13,9 @@ import pytest
 
 from server.settings import ServerSettings
 from store import migrations, new_id
-from store.batchers import BatcherRecord
 from store.chunks import ChunkRecord
-from store.ledger import BillState, InvoiceRecord
+from store.processes.batchers import BatcherRecord
+from store.rentals.ledger import BillState, InvoiceRecord
 from store.requests import Answer, NewRequest
 from store.store import Store
 from tests.conftest import MODEL, OUTPUT

@@ -15,8 +15,8 @@ from PIL import Image
 
 from server.app import create_app
 from server.settings import ServerSettings
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.files import NewFile
-from store.keys import KeyRecord, Scope, hash_key, make_key
 from store.requests import Answer, Claim
 from store.store import Store
 from tests.extensions import COLUMNS, ROWS, install_extension_models, json_row

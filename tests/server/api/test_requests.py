@@ -17,7 +17,7 @@ import pytest
 from provider_image.models.artefact import installed_digest
 from server.app import create_app
 from server.settings import ServerSettings
-from store.keys import KeyRecord, Scope, hash_key, make_key
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.requests import Answer
 from store.search import Query, _SearchSql
 from store.store import Store

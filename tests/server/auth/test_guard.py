@@ -23,8 +23,8 @@ from server.auth.limits import Limits
 from server.endpoint import get_operation
 from server.errors import RateLimited
 from server.settings import ServerSettings
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.errors import StoreBusy
-from store.keys import KeyRecord, Scope, hash_key, make_key
 from store.store import Store
 
 MODEL = "efficientnet_lite0"

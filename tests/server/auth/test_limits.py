@@ -21,7 +21,7 @@ from server.auth.limits import FairSlots, network_of
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
-from store.keys import KeyRecord, Scope, hash_key, make_key
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.store import Store
 from tests.conftest import RunningServer
 from tests.timing import slowness, wait_until

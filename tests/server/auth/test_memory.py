@@ -19,7 +19,7 @@ from server.app import create_app
 from server.auth.memory import DOWNLOAD_BYTES, MAX_DOWNLOADS, REQUEST_BYTES, Downloads, hold_bytes
 from server.errors import TooManyUploads
 from server.settings import ServerSettings
-from store.keys import KeyRecord, Scope
+from store.clients.keys import KeyRecord, Scope
 from store.store import Store
 from tests.conftest import RunningServer
 from tests.timing import wait_until

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from server.app import create_app
 from server.intake.uploads import BodyDigest
 from server.settings import ServerSettings
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.errors import DiskFull, StoreUnavailable
-from store.keys import KeyRecord, Scope, hash_key, make_key
 from store.rows import to_text
 from store.store import Store
 from tests.timing import cpu_slowness

@@ -25,8 +25,8 @@ from server.auth.guard import get_guard
 from server.auth.key_cache import FRESH_SECONDS, KeyCache
 from server.live.changes import ChangeDispatcher, Listener
 from server.settings import ServerSettings
-from store import keys
-from store.keys import Scope
+from store.clients import keys
+from store.clients.keys import Scope
 from store.requests import Answer
 from store.states import RequestState
 from store.store import Store

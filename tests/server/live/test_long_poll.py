@@ -23,10 +23,10 @@ from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
 from server.status.eta import EtaInputs, estimate, format_duration
 from server.status.queue_stats import FRESH_SECONDS, QueueStats
-from store.batchers import BatcherRecord
 from store.chunks import Throughput
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.errors import UnknownRequest
-from store.keys import KeyRecord, Scope, hash_key, make_key
+from store.processes.batchers import BatcherRecord
 from store.requests import ModelBacklog, RequestRecord
 from store.states import RequestState
 from store.store import Store

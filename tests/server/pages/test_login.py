@@ -13,7 +13,7 @@ from PIL import Image
 from server.app import create_app
 from server.auth.sessions import COOKIE, SESSION_SECONDS, Sessions
 from server.settings import ServerSettings
-from store.keys import KeyRecord, Scope, hash_key, make_key
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.store import Store
 
 URL = "/requestPrediction/efficientnet_lite0"

@@ -14,7 +14,7 @@ import pytest
 
 from server.pages import render
 from server.settings import ServerSettings
-from store.keys import KeyRecord, Scope, hash_key, make_key
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.states import RequestState
 from store.store import Store
 

@@ -15,7 +15,7 @@ from server.app import create_app
 from server.settings import ServerSettings
 from server.status.metrics import MAX_CODES, Family, exposition
 from store import new_id
-from store.batchers import BatcherRecord
+from store.processes.batchers import BatcherRecord
 from store.requests import Answer, Claim, NewRequest
 from store.states import RequestState
 from store.store import Store

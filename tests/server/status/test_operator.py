@@ -24,9 +24,9 @@ from server.status.dashboard import Dashboard
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
 from store import new_id
-from store.batchers import BatcherRecord
 from store.chunks import ChunkRecord
-from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.processes.batchers import BatcherRecord
+from store.rentals.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
 from store.requests import Answer, Claim, NewRequest, RequestRecord
 from store.store import Store
 
@@ -497,7 +497,7 @@ def test_a_page_of_another_site_cannot_use_a_control(client: flask.testing.Flask
 def test_with_keys_the_operator_endpoints_require_the_operate_scope(
     client: flask.testing.FlaskClient, store: Store, address: str
 ) -> None:
-    from store.keys import KeyRecord, Scope, hash_key, make_key
+    from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 
     keys = {}
     for name, scopes in (("boss", {Scope.OPERATE}), ("sender", {Scope.SUBMIT})):

@@ -26,7 +26,7 @@ from batcher.executors.golem.yapapi_adapter import OWNER
 from batcher.workspace import Workspace
 from devnet.scenario import DAEMON, Fault, ProviderPlan
 from provider_image.errors import ChunkTimeout, WorkerDied
-from store.ledger import AgreementRecord, AllocationRecord
+from store.rentals.ledger import AgreementRecord, AllocationRecord
 from tests.devnet.requestor import Requestor
 from tests.devnet.running import calls_matching, paid
 from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario

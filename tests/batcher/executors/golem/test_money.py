@@ -18,7 +18,7 @@ from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.money import Money
 from batcher.executors.golem.offers import Price
 from batcher.executors.golem.timings import GolemTimings
-from store.ledger import AgreementRecord, BillState, InvoiceRecord
+from store.rentals.ledger import AgreementRecord, BillState, InvoiceRecord
 from store.store import Store
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)

@@ -36,7 +36,7 @@ from devnet.payments import PaymentService
 from devnet.records import Agreement, Bill
 from devnet.timing import format_time, parse_time
 from store.amounts import total
-from store.decisions import BILLED_BEFORE, BillKind, DecisionRecord
+from store.rentals.decisions import BILLED_BEFORE, BillKind, DecisionRecord
 from store.settings import HomeSettings
 from store.store import Store
 from tests.contexts import make_context

@@ -17,7 +17,7 @@ from provider_image.errors import ConfigError
 from server.record_json import fields, to_json
 
 if TYPE_CHECKING:
-    from store.ledger import AgreementRecord
+    from store.rentals.ledger import AgreementRecord
 
 #: Characters of an id that a table shows; they are accepted in its place.
 _ID_CHARACTERS = 16

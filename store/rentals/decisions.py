@@ -14,7 +14,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from store.database import Database, Transaction
-from store.ledger import BillState, DebitNoteRecord, InvoiceRecord, write_debit_note, write_invoice
+from store.rentals.ledger import BillState, DebitNoteRecord, InvoiceRecord, write_debit_note, write_invoice
 from store.rows import from_row, insert_sql, to_row, to_text
 
 #: Why the second invoice of an agreement is refused.

@@ -18,8 +18,8 @@ from server.record_json import fields, to_json
 from store.amounts import format_amount
 
 if TYPE_CHECKING:
-    from store.ledger import CostRow
-    from store.providers import ProviderRecord
+    from store.rentals.ledger import CostRow
+    from store.rentals.providers import ProviderRecord
 
 
 #: An address may have the short form of the list.

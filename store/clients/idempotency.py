@@ -22,7 +22,7 @@ from datetime import datetime
 
 from provider_image.errors import MlgError
 from store.database import Database, Transaction
-from store.process_lock import ProcessLock
+from store.processes.process_lock import ProcessLock
 from store.rows import from_row, to_row, to_text
 
 #: All responses of one owner, compressed; each counts as MIN_BYTES at least, so the number is limited as well.

@@ -1,7 +1,7 @@
 """File locks that tell other processes on the same home whether the one that holds them still runs.
 
-Used by `store/idempotency.py`, and by `batcher/workspace.py` for the folders of batchers. The kernel releases a lock
-when the process ends, however it ends, so no clock decides and nothing has to be renewed.
+Used by `store/clients/idempotency.py`, and by `batcher/workspace.py` for the folders of batchers. The kernel releases a
+lock when the process ends, however it ends, so no clock decides and nothing has to be renewed.
 """
 
 from __future__ import annotations

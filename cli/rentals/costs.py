@@ -12,7 +12,7 @@ from cli.tables import print_json_lines, print_records, printable, short_address
 from server.record_json import fields
 
 if TYPE_CHECKING:
-    from store.ledger import CostRow
+    from store.rentals.ledger import CostRow
 
 _NUMBERS = {
     **{name: name for name in ("images", "chunks", "paid", "open", "refused")},

@@ -36,7 +36,7 @@ from typing import Any
 
 from store.amounts import EXACT, ROUNDED, ZERO, split, to_amount, total
 from store.database import Database, Transaction
-from store.reservations import ReservationRecord, change_commitment, commit_reservation, settle_reservation
+from store.rentals.reservations import ReservationRecord, change_commitment, commit_reservation, settle_reservation
 from store.rows import insert_sql, to_row, to_text
 
 #: What costs can be grouped by.

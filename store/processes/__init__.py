@@ -1,0 +1,1 @@
+"""Processes of a home: which run, what they are told, and by which clock their claims end."""

@@ -1,0 +1,1 @@
+"""Rented computers: who they are, and what they cost."""
