@@ -8,6 +8,7 @@ import sys
 NAMES = (
     "backlog",
     "chunk",
+    "commits",
     "dashboard",
     "drain",
     "golem",
