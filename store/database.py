@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import itertools
 import logging
+import os
 import queue
 import sqlite3
 import threading
@@ -65,6 +67,17 @@ def connect(database: Path, *, busy_seconds: float) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise database_error(error, database) from error
     return connection
+
+
+def _try_begin(connection: sqlite3.Connection, *, is_last: bool = False) -> bool:
+    """Take the write lock. :return: False if another process has it, unless this is the last try, which raises."""
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        return True
+    except sqlite3.OperationalError as error:
+        if is_last or (error.sqlite_errorcode & 0xFF) != sqlite3.SQLITE_BUSY:
+            raise
+        return False
 
 
 class Transaction:
@@ -153,6 +166,7 @@ class Database:
 
     def __init__(self, path: Path, images: ImageStore, *, busy_seconds: float) -> None:
         self.path = path
+        self._waiting_file = path.with_name(f"{path.name}-waiting")
         self._images = images
         self._busy_seconds = busy_seconds
         self._lock = threading.Lock()
@@ -250,13 +264,37 @@ class Database:
         return total
 
     def write_each(self, writes: Iterable[WriteFunction[T]]) -> Iterator[T]:
-        """Run writes, each in a commit of its own. Between them others have the lock for as long as each took."""
+        """Run writes, each in a commit of its own. Between them others that wait have the lock as long as each took."""
         pause = 0.0
         for write in writes:
-            time.sleep(pause)
+            if pause and self._is_awaited():
+                time.sleep(pause)
             started = time.monotonic()
             yield self.write(write)
             pause = min(time.monotonic() - started, MAX_STEP_PAUSE_SECONDS)
+
+    def _is_awaited(self) -> bool:
+        """Tell whether another thread or process wants to write now."""
+        if self._has_leader:
+            return True
+        try:
+            with self._lock_of_waiting(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return False
+        except OSError:
+            return True  # others hold it, or cannot say that they wait
+
+    @contextlib.contextmanager
+    def _lock_of_waiting(self, kind: int) -> Iterator[None]:
+        """Hold the lock on a file that those share who wait for the write lock: SQLite does not tell of them.
+
+        :raises OSError: for example because others hold it.
+        """
+        descriptor = os.open(self._waiting_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            fcntl.flock(descriptor, kind)
+            yield
+        finally:
+            os.close(descriptor)
 
     def execute_in_steps(self, sql: str, parameters: Mapping[str, Any], *, rows_per_commit: int) -> int:
         """Run a statement in small commits, see `write_in_steps`. :param sql: has a `LIMIT :rows_per_commit`."""
@@ -366,14 +404,13 @@ class Database:
         SQLite's own busy handler sleeps longer from attempt to attempt, up to a tenth of a second, and so starves a
         process while another one writes continuously (measured with two server processes: a 99th percentile of 1.5 s).
         """
+        if _try_begin(connection):
+            return
         deadline = time.monotonic() + self._busy_seconds
-        while True:
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-                break
-            except sqlite3.OperationalError as error:
-                if (error.sqlite_errorcode & 0xFF) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
+        with contextlib.ExitStack() as waiting:
+            with contextlib.suppress(OSError):  # then those that write in steps may not notice it, and it waits longer
+                waiting.enter_context(self._lock_of_waiting(fcntl.LOCK_SH))
+            while not _try_begin(connection, is_last=time.monotonic() > deadline):
                 time.sleep(LOCK_POLL_SECONDS)
 
     def _unpublish_after_rollback(self, connection: sqlite3.Connection, transaction: Transaction) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -19,12 +22,14 @@ from store.clients.webhooks import EndpointRecord
 from store.database import Transaction
 from store.errors import QuotaReached, StoreBusy, StoreError
 from store.images import ImageStore
+from store.processes.process_lock import is_held
 from store.requests import ROWS_PER_COMMIT, Answer, Blame, Claim, NewRequest
 from store.search import Query
 from store.settings import HomeSettings
 from store.states import RequestState
 from store.store import Store
 from tests.contracts.history import DIGEST, read_facts
+from tests.timing import wait_until
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 MODEL = "resnet50"
@@ -200,6 +205,61 @@ def test_others_write_between_the_steps(store: Store) -> None:
         store.database.write(lambda transaction: order.append("other"))
 
     assert order == ["step", "other"] * 3
+
+
+def test_steps_do_not_pause_while_nobody_waits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("store.database.time.sleep", pauses.append)
+
+    for _ in store.database.write_each([lambda transaction: None] * 3):
+        pass
+
+    assert pauses == []
+
+
+def test_steps_leave_the_lock_to_a_process_that_waits(store: Store, home: Path) -> None:
+    done = threading.Event()
+
+    def write_elsewhere() -> None:
+        with opened(home) as other:
+            other.database.write(lambda transaction: None)
+        done.set()
+
+    elsewhere = threading.Thread(target=write_elsewhere)
+    for number, _ in enumerate(store.database.write_each(itertools.repeat(lambda transaction: time.sleep(0.005)))):
+        if not number:
+            elsewhere.start()
+        if done.is_set():
+            break
+
+    elsewhere.join()
+
+
+def test_steps_notice_threads_and_processes_that_wait(store: Store, home: Path) -> None:
+    database, entered, leave = store.database, threading.Event(), threading.Event()
+    found: list[bool] = []
+
+    def hold(transaction: Transaction) -> None:
+        entered.set()
+        assert leave.wait(120)
+
+    with opened(home) as other:
+        holder = threading.Thread(target=other.database.write, args=(hold,))
+        waiter = threading.Thread(target=database.write, args=(lambda transaction: None,))
+        found.append(other.database._is_awaited())
+        holder.start()
+        assert entered.wait(120)
+        found.append(database._is_awaited())
+        waiter.start()
+        # A process that waits, here its other threads.
+        wait_until(lambda: is_held(home / "mlg.db-waiting"))
+        found += [database._is_awaited(), other.database._is_awaited()]
+        leave.set()
+        holder.join()
+        waiter.join()
+        found += [database._is_awaited(), other.database._is_awaited()]
+
+    assert found == [False, False, True, True, False, False]
 
 
 # Statements
