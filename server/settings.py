@@ -43,6 +43,9 @@ class ServerSettings(HomeSettings):
     max_batch_bytes: int = setting("MLG_MAX_BATCH_BYTES", 2 * 1024**3, minimum=1024, maximum=1024**4)
     #: Most pixels an image may declare, at most what is decoded. MLG_MAX_PIXELS. Defaults to 36000000.
     max_pixels: int = setting("MLG_MAX_PIXELS", MAX_PIXELS, minimum=1, maximum=MAX_PIXELS)
+    #: Bytes that uploads leave free on the home's disk, for answers and the database; else they are refused with 507.
+    #: MLG_MIN_FREE_BYTES. Defaults to 1073741824 (1 GB).
+    min_free_bytes: int = setting("MLG_MIN_FREE_BYTES", 1024**3, minimum=0, maximum=1024**5)
     #: Requests that may be queued before new ones are refused with 503. MLG_MAX_BACKLOG. Defaults to 1000000.
     max_backlog: int = setting("MLG_MAX_BACKLOG", 1_000_000, minimum=1, maximum=1_000_000_000)
     #: Longest time in seconds that `?wait=` holds an answer. MLG_MAX_HOLD_SECONDS. Defaults to 60 seconds.

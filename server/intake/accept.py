@@ -30,7 +30,7 @@ from server.auth.limits import FairSlots
 from server.errors import BacklogFull, FetchingDisabled, TooManyUploads
 from server.intake.batch_parser import body_too_large, detect_format, parse_items, spool
 from server.intake.request_options import RequestOptions, parse_fresh, read_request_options
-from server.intake.staging import StagedItem, Stager
+from server.intake.staging import StagedItem, Stager, disk_reserved
 from server.intake.uploads import (
     FORM_ALLOWANCE_BYTES,
     ActiveReads,
@@ -235,6 +235,9 @@ class Intake:
         room, is_full = self._room()
         max_bytes = self._settings.max_batch_bytes
         too_large: errors.MlgError = body_too_large(max_bytes)
+        free_bytes = self._stager.free_bytes()
+        if max_bytes > free_bytes:
+            max_bytes, too_large = free_bytes, disk_reserved(self._settings.min_free_bytes)
         if max_bytes > room * (self._settings.max_image_bytes + FORM_ALLOWANCE_BYTES):
             # More bytes hold more images than may be accepted, or some that are too large.
             max_bytes, too_large = room * (self._settings.max_image_bytes + FORM_ALLOWANCE_BYTES), is_full
@@ -343,8 +346,9 @@ class Intake:
         """Count the requests that may be accepted now, so that no more are read than the store would take.
 
         :return: at least 1, and the error for more.
-        :raises BacklogFull: :raises QuotaReached:
+        :raises BacklogFull: :raises QuotaReached: :raises DiskFull:
         """
+        self._stager.free_bytes()
         room, is_full = self._settings.max_backlog - self._queue_stats.waiting(), BacklogFull()
         if room <= 0:
             raise is_full

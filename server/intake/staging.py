@@ -6,6 +6,7 @@ for other servers; they stay in the order in which they were sent.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +23,8 @@ from server.intake.batch_parser import BatchItem
 from server.intake.url_fetcher import fetch
 from server.settings import ServerSettings
 from store.batches import RefusedItem
-from store.errors import StoreError
-from store.images import ImageStore, StagedImage
+from store.errors import DiskFull, StoreError
+from store.images import ImageStore, StagedImage, as_store_error
 from store.requests import RequestRecord
 
 #: Images of one batch that are staged at the same time.
@@ -44,12 +45,31 @@ class StagedItem:
     request: RequestRecord | None = None
 
 
+def disk_reserved(min_free_bytes: int) -> DiskFull:
+    """Build the error for an upload that would take what must stay free on the disk."""
+    return DiskFull(
+        f"The server's disk is nearly full; {min_free_bytes} bytes stay free (MLG_MIN_FREE_BYTES). Nothing of this "
+        "request was stored. Send it again when there is more space."
+    )
+
+
 class Stager:
     """Stages images in one server process."""
 
     def __init__(self, settings: ServerSettings, images: ImageStore) -> None:
         self._settings = settings
         self._images = images
+
+    def free_bytes(self) -> int:
+        """Count the bytes of the home's disk that uploads may take, at least 1. :raises DiskFull: there is none."""
+        home, reserve = self._settings.home, self._settings.min_free_bytes
+        try:
+            free = shutil.disk_usage(home).free - reserve
+        except OSError as error:
+            raise as_store_error(error, home) from error
+        if free <= 0:
+            raise disk_reserved(reserve)
+        return free
 
     def fetch(self, url: str, seconds: float) -> bytes:
         """Fetch an image. :raises UrlRefused: :raises FetchFailed: :raises TooManyBytes: :raises EmptyImage:"""
@@ -63,10 +83,12 @@ class Stager:
 
         :param inputs: by name; only those that the service has.
         :return: the first input, with the others.
-        :raises BadInput: an image by its header, a row by its columns. :raises StoreError:
+        :raises BadInput: an image by its header, a row by its columns. :raises StoreError: for example `disk_reserved`.
         """
         checked = {name: self._check(service.inputs[name], data, row) for name, data in inputs.items()}
         first = primary_input(service)
+        if sum(len(data) for data, _ in checked.values()) > self.free_bytes():
+            raise disk_reserved(self._settings.min_free_bytes)
         staged = self._images.stage(checked[first][0])
         others: dict[str, StagedImage] = {}
         try:

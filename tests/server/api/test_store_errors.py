@@ -9,6 +9,7 @@ import resource
 import shutil
 import sqlite3
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -63,6 +64,48 @@ def test_a_full_disk_for_the_image_is_507(client: flask.testing.FlaskClient, sto
     assert "disk is full" in response.json["reason"]
     assert afterwards.status_code == 202
     assert [len(left) if isinstance(left, list) else left for left in stored_state()] == [1, 1]
+
+
+def zipped(data: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.png", data)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("url", "content_type"), [(URL, "image/png"), (URL.replace("Prediction", "Predictions"), "application/zip")]
+)
+def test_uploads_leave_free_what_is_reserved_of_the_disk(
+    settings: ServerSettings, store: Store, stored_state: Traces, url: str, content_type: str
+) -> None:
+    client = create_app(replace(settings, min_free_bytes=2**60), store).test_client()
+    body = io.BytesIO(zipped(noise(8)))
+
+    response = client.post(url, input_stream=body, content_type=content_type)
+
+    assert (response.status_code, response.json["code"], body.tell()) == (507, "disk_full", 0)
+    assert "MLG_MIN_FREE_BYTES" in response.json["reason"]
+    assert response.headers["Retry-After"]
+    assert stored_state() == ([], 0)
+    assert client.get("/requests").status_code == 200
+
+
+def test_an_upload_is_refused_that_would_need_what_is_reserved(
+    settings: ServerSettings, store: Store, stored_state: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = create_app(replace(settings, min_free_bytes=1000), store).test_client()
+    image, usage = noise(8), shutil.disk_usage(settings.home)
+    batch = zipped(image)
+
+    def post(free: int, data: bytes = image, kind: str = "image/png", url: str = URL) -> int:
+        monkeypatch.setattr("server.intake.staging.shutil.disk_usage", lambda path: usage._replace(free=1000 + free))
+        return client.post(url, data=data, content_type=kind).status_code
+
+    assert post(len(image) - 1) == 507
+    assert post(len(batch) - 1, batch, "application/zip", URL.replace("Prediction", "Predictions")) == 507
+    assert stored_state() == ([], 0)
+    assert post(len(image)) == 202
 
 
 def test_a_full_disk_for_the_row_leaves_no_row_and_only_what_the_sweep_removes(
