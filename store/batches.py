@@ -271,7 +271,9 @@ class Batches:
 
         def show(transaction: Transaction) -> None:
             if batch.key_id is not None:
-                count_images(transaction, batch.key_id, len(items), now=to_text(batch.created_at))
+                # Refused items too: each is work and a row.
+                count = len(items) + len(refused_items)
+                count_images(transaction, batch.key_id, count, now=to_text(batch.created_at))
             row = transaction.execute(_SHOW, lease()).fetchone()
             if row is None:
                 raise StoreUnavailable("Adding the batch took too long. Send it again, in smaller parts.")

@@ -118,8 +118,7 @@ class Stager:
     ) -> list[StagedItem]:
         """Check and stage items, several at a time, in order.
 
-        :raises MlgError: `is_full`, if more than `room` items can be used, or what the items raise. Nothing is left
-            behind.
+        :raises MlgError: `is_full`, if there are more than `room`, or what the items raise. Nothing is left behind.
         """
         outcomes: list[StagedItem] = []
         give_up_at = time.monotonic() + MAX_FETCH_SECONDS
@@ -128,19 +127,14 @@ class Stager:
             sizes: deque[int] = deque()  # of those that wait
             try:
                 for item in items:
-                    if room < 0:
+                    if item.position >= room:
                         raise is_full
                     waiting.append(threads.submit(self._stage_item, item, give_up_at, row, service))
                     sizes.append(len(item.data or b""))
                     while len(waiting) > 2 * MAX_CONCURRENT_ITEMS or sum(sizes) > MAX_WAITING_BYTES:
                         sizes.popleft()
                         outcomes.append(waiting.popleft().result())
-                        room -= outcomes[-1].staged is not None
-                while waiting:
-                    outcomes.append(waiting.popleft().result())
-                    room -= outcomes[-1].staged is not None
-                if room < 0:
-                    raise is_full
+                outcomes += [future.result() for future in waiting]
             except BaseException:
                 for future in waiting:
                     if not future.cancel() and future.exception() is None:

@@ -350,13 +350,16 @@ def test_a_batch_over_a_limit_is_staged_only_a_little_beyond_it(
     assert stored_state() == ([], 0)
 
 
-def test_a_batch_of_a_limited_key_may_have_images_that_are_refused(settings: ServerSettings, store: Store) -> None:
+def test_images_that_a_batch_refuses_count_like_the_others(settings: ServerSettings, store: Store) -> None:
     client = create_app(settings, store).test_client()
     body = zipped(*((f"{n}.png", b"broken") for n in range(40)), ("good.png", make_image(1)))
+    few, many = add_key(store, 40), add_key(store, 41)
 
-    reply = client.post(URL, data=body, content_type="application/zip", headers=add_key(store, 1))
+    replies = [client.post(URL, data=body, content_type="application/zip", headers=key) for key in (few, many, many)]
 
-    assert (reply.status_code, reply.get_json()["accepted"]) == (202, 1)
+    assert [reply.status_code for reply in replies] == [429, 202, 429]
+    assert [reply.get_json().get("code") for reply in replies] == ["quota_reached", None, "quota_reached"]
+    assert len(store.database.rows("SELECT * FROM batch_refusals")) == 40
 
 
 def test_a_body_that_is_larger_than_the_quota_has_room_for_is_not_read(settings: ServerSettings, store: Store) -> None:
