@@ -1,12 +1,14 @@
 """The production server: granian in front of the Flask application, in one or more processes on one socket.
 
 Called by `mlg serve`. The main process listens and supervises the workers; each worker creates its own store and
-application. Four things that granian does not do are done here:
+application. Five things that granian does not do are done here:
 
 - The socket is opened here. Granian opens its own with SO_REUSEPORT, so that a second server on a used port starts
   without an error, and a worker's death resets the connections in its queue. This one is exclusive and shared by the
   workers.
 - A pipe tells the workers that the main process stops, or was killed: then they end too instead of keeping the port.
+- Granian closes the connection of a request whose body was not read, so the rest of the body of a refused request is
+  read before the response is sent, within limits.
 - Granian waits without limit for a request's body. So more threads read than work, no client gets all of them (see
   `ActiveReads`), the kernel probes connections, and a worker whose reading threads are all blocked is replaced.
 - Granian asks a streamed response for its next piece in one of the reading threads, and closes it when a piece cannot
@@ -246,6 +248,7 @@ class _GranianServer(MPServer):
         settings = self._settings
         store = Store(settings)
         app = create_app(settings, store)
+        app.after_request(get_context(app).active_reads.discard_rest)
         active_requests, downloads = ActiveThreads(), Downloads()
         deliverer = Deliverer(store, http_client=HttpClient(allows_private=settings.allows_private_webhooks))
         deliverer.start()

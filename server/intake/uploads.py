@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl
 
 import flask
-from flask import Request
+from flask import Request, Response
 from werkzeug.http import parse_options_header
 
 from provider_image.errors import EmptyImage, MalformedRequest, MlgError, TooManyBytes
@@ -43,8 +43,9 @@ MAX_FIELD_BYTES = 8192
 _BUFFER_BYTES = 64 * 1024
 #: Bytes of a large body that are read at once.
 PIECE_BYTES = 1024 * 1024
-#: Bytes that are read and discarded of a body that is too large and has no declared length.
-_MAX_DISCARDED_BYTES = 32 * 1024 * 1024
+#: Bytes that are read and discarded of the body of a request that was refused, and seconds for it.
+MAX_DISCARDED_BYTES = 32 * 1024 * 1024
+MAX_DISCARD_SECONDS = 10.0
 
 _RAW_HINT = (
     "Raw bytes need an image content type, for example: "
@@ -117,6 +118,25 @@ class ActiveReads:
             if not is_held:
                 raise TooManyUploads()
             yield
+
+    def discard_rest(self, response: Response) -> Response:
+        """Read what a client still sends of a request that was refused, within limits; called after each request.
+
+        A connection that is closed while its client sends is reset: the client, or the proxy in front, then sees that
+        instead of the response. Who stops sending keeps the thread, as with any body.
+        """
+        request = flask.request
+        has_body = request.content_length or request.environ.get("wsgi.input_terminated")
+        # A client that waits for permission to send its body does not send it now.
+        if response.status_code < 400 or not has_body or "Expect" in request.headers:
+            return response
+        stream, left = request.environ["wsgi.input"], MAX_DISCARDED_BYTES
+        give_up_at = time.monotonic() + MAX_DISCARD_SECONDS
+        # Without a thread for it, or without its client, the connection is closed.
+        with contextlib.suppress(MlgError, OSError), self.track():
+            while left > 0 and time.monotonic() < give_up_at and (piece := stream.read(_BUFFER_BYTES)):
+                left -= len(piece)
+        return response
 
     def count_older_than(self, seconds: float) -> int:
         """Count those that have been reading for at least so long."""
@@ -394,10 +414,6 @@ def _read_body(request: Request, limit: int, max_image_bytes: int, active_reads:
         while piece := stream.read(_BUFFER_BYTES):
             size += len(piece)
             if size > limit:
-                # A connection that is closed while its client still sends is reset, and the client sees that instead
-                # of the response. Most are about to end, so some more is read, but not without limit.
-                while size < limit + _MAX_DISCARDED_BYTES and (piece := stream.read(_BUFFER_BYTES)):
-                    size += len(piece)
                 raise too_many_bytes(max_image_bytes)
             hold_bytes(len(piece), TooManyUploads())
             pieces.append(piece)
