@@ -32,6 +32,7 @@ from batcher.results import (
     ChunkOutcome,
     TryItem,
     check_results,
+    is_last_try,
     resolve_chunk,
     resolve_failed_chunk,
     resolve_unsent_items,
@@ -346,6 +347,7 @@ class Cycle:
             chunk=packed.chunk,
             results=packed.results,
             timeout_seconds=self._settings.chunk_timeout_seconds,
+            is_last_try=is_last_try(packed.items),
             check=self._try_item and partial(check_results, packed, self._settings.models, self._try_item),
         )
         self._tally.chunks += 1

@@ -8,8 +8,8 @@ is not taken from a stranger: it is tried here. Must not open the store.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batcher.backoff import Backoff
@@ -32,7 +32,7 @@ from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.service import Output, check_files, check_params
 from provider_image.services import load_service
 from store.files import NewFile
-from store.requests import Answer, Blame, Claim
+from store.requests import MAX_ATTEMPTS, Answer, Blame, Claim
 
 #: Pauses before an item that failed alone is tried again.
 ITEM_BACKOFF = Backoff(first_seconds=1.0, max_seconds=16.0, factor=4.0)
@@ -104,7 +104,11 @@ def resolve_chunk(
     if not packed.items:
         return ChunkOutcome()
     if outcome.error is not None:
-        return resolve_failed_chunk(packed.items, outcome, is_stopping=is_stopping)
+        resolved = resolve_failed_chunk(packed.items, outcome, is_stopping=is_stopping)
+        if try_item is None or not is_last_try(packed.items) or resolved.failures[0].blame is not Blame.ITEM:
+            return resolved
+        failure = _try_once_more(packed, resolved.failures[0], models, try_item, is_stopping)
+        return replace(resolved, failures=(failure,))
     try:
         artefact = find_artefact(models, packed.planned.model)
         results = _read(packed, artefact, packed.results)
@@ -127,6 +131,26 @@ def resolve_chunk(
             answers += _answers(packed, item, result, artefact, results.precision, outcome)
     items_done = len(packed.items) - len(failures)
     return ChunkOutcome(answers=tuple(answers), failures=tuple(failures), items_done=items_done)
+
+
+def is_last_try(items: Sequence[PlannedItem]) -> bool:
+    """Tell whether a chunk has one item, which fails for good if it fails once more."""
+    return len(items) == 1 and max(claim.attempts for claim in items[0].claims) + 1 >= MAX_ATTEMPTS
+
+
+def _try_once_more(
+    packed: PackedChunk, failure: ClaimFailure, models: Path, try_item: TryItem, is_stopping: bool
+) -> ClaimFailure:
+    """Try here the input of an item that fails for good because strangers failed on it."""
+    (item,) = packed.items
+    try:
+        error = try_item(packed.chunk, models, 0)
+    except ResizingUnavailable as unavailable:
+        return _make_failure([item], unavailable, Blame.NOBODY, 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS)
+    if error is not None:
+        return _item_failure(item, error)
+    hint = "Its input can be used on the server's machine, so another try may succeed: queue it again."
+    return replace(failure, reason=f"{failure.reason} {hint}")
 
 
 def check_results(packed: PackedChunk, models: Path, try_item: TryItem, results: Path) -> int:

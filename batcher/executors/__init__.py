@@ -39,6 +39,8 @@ class Job:
     #: Executors whose workers are not trusted call it in a thread, and try the chunk elsewhere when it raises. None: no
     #: such check is needed.
     check: Callable[[Path], int] | None = None
+    #: True if its only item fails for good when this fails: workers that are trusted take it, if there are any.
+    is_last_try: bool = False
     #: Called when a worker begins; again for each further attempt.
     on_start: Callable[[], None] | None = None
 

@@ -1,5 +1,7 @@
 """Several executors as one: a job that waits too long for the first goes to the next.
 
+The last try of an item goes to those whose workers are trusted, if there are any.
+
 Made by `load_executor` for a setting such as `golem,local`. Weakness: the last executor takes every job that the others
 refuse, so its queue is the longest when all others are unavailable.
 """
@@ -62,7 +64,9 @@ class FallbackExecutor:
         return None if None in reasons else " ".join(reason for reason in reasons if reason)
 
     async def run(self, job: Job) -> Outcome:
-        *first, last = self._members
+        trusted = [member for member in self._members if member.is_trusted]
+        # Strangers together must not fail an item for good that this machine could answer.
+        *first, last = trusted if trusted and job.is_last_try else self._members
         for member in first:
             if member.unavailable_reason(job.model) is None:
                 outcome = await self._run_or_pass_on(member, job)

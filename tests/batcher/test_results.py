@@ -34,7 +34,7 @@ from provider_image.errors import (
     WorkerDied,
 )
 from provider_image.models.artefact import find_artefact
-from store.requests import Blame, Claim
+from store.requests import MAX_ATTEMPTS, Blame, Claim
 from tests.batcher.conftest import MODEL, output_for
 
 
@@ -239,6 +239,31 @@ def test_the_word_of_a_worker_that_is_trusted_is_enough(harness: Any, answered: 
     outcome = resolve_chunk(answered(REFUSED), DONE, harness.models)
 
     assert [(each.blame, each.reason) for each in outcome.failures] == [(None, "a lie")]
+
+
+@pytest.mark.parametrize(
+    ("attempts", "found", "expected"),
+    [
+        (MAX_ATTEMPTS - 2, BrokenImage("found here"), (Blame.ITEM, "worker_died", "a stranger")),
+        (MAX_ATTEMPTS - 1, BrokenImage("found here"), (None, "broken_image", "found here")),
+        (MAX_ATTEMPTS - 1, ChunkTimeout("hangs here"), (Blame.ITEM, "chunk_timeout", "hangs here")),
+        (MAX_ATTEMPTS - 1, ResizingUnavailable("later"), (Blame.NOBODY, "shrinking_unavailable", "later")),
+        (MAX_ATTEMPTS - 1, None, (Blame.ITEM, "worker_died", "a stranger Its input can be used on the server")),
+    ],
+)
+def test_an_item_that_strangers_fail_for_good_is_tried_here(
+    harness: Any, claims: list[Claim], tmp_path: Path, attempts: int, found: Any, expected: tuple[Any, str, str]
+) -> None:
+    options = {"image_path": harness.store.images.path, "models": harness.models, "resizer": None}
+    packed = pack(plan([replace(claims[0], attempts=attempts)])[0], folder=tmp_path, **options)
+    outcome = failed(WorkerDied("a stranger"))
+
+    (failure,) = resolve_chunk(packed, outcome, harness.models, try_item=trying(found)).failures
+    (trusted,) = resolve_chunk(packed, outcome, harness.models).failures
+
+    assert (failure.blame, failure.code) == expected[:2]
+    assert failure.reason.startswith(expected[2])
+    assert (trusted.blame, trusted.reason) == (Blame.ITEM, "a stranger")
 
 
 def test_an_item_cannot_have_taken_longer_than_its_chunk(harness: Any, answered: Write) -> None:

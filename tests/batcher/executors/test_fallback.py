@@ -76,7 +76,9 @@ def local() -> Member:
     return Member("local")
 
 
-def run(golem: Member, local: Member, tmp_path: Path, *, fallback_seconds: float = 60) -> Outcome:
+def run(
+    golem: Member, local: Member, tmp_path: Path, *, fallback_seconds: float = 60, is_last_try: bool = False
+) -> Outcome:
     fallback = FallbackExecutor([golem, local], {"MLG_FALLBACK_SECONDS": str(fallback_seconds)})
     job = Job(
         chunk_id="job",
@@ -85,6 +87,7 @@ def run(golem: Member, local: Member, tmp_path: Path, *, fallback_seconds: float
         chunk=tmp_path / "chunk.zip",
         results=tmp_path / "results.zip",
         timeout_seconds=9,
+        is_last_try=is_last_try,
     )
     return asyncio.run(asyncio.wait_for(fallback.run(job), 300))
 
@@ -138,6 +141,14 @@ def test_a_failed_job_does_not_go_to_the_next_member(golem: Member, local: Membe
 
     assert isinstance(outcome.error, WorkerDied)
     assert local.received == []
+
+
+def test_the_last_try_of_an_item_is_not_left_to_strangers(golem: Member, local: Member, tmp_path: Path) -> None:
+    outcome = run(golem, local, tmp_path, is_last_try=True)
+    local.is_trusted = False
+    without_any = run(golem, local, tmp_path, is_last_try=True)
+
+    assert (outcome.provider, without_any.provider) == ("local", "golem")
 
 
 def test_it_is_unavailable_only_if_all_members_are(golem: Member, local: Member) -> None:
