@@ -84,7 +84,8 @@ def check_models(as_json: bool, threads: int | None, precision: str, names: Sequ
     """Check that installed models work. Checks their files and their results for the self-test images.
 
     Also measures speed and memory. The last line for each model is the verdict. The exit status is 0 only if all
-    models are ok.
+    models are ok. A folder may come from somebody else: it is read without a network and with limits on memory and
+    time.
 
     A speed that is measured in f32 on all cores is shown by `mlg models` from then on; run nothing else meanwhile.
 

@@ -42,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         _prepare_for_work()
         if options.command == "check":
+            if options.confined:
+                from provider_image.system_calls import confine, memory_limit_bytes
+
+                confine(memory_limit_bytes())
             return _check(options)
         _run_here(options)
     except (MlgError, OSError) as error:
@@ -205,6 +209,7 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         "names", nargs="*", metavar="MODEL", help="name of a model, or path of its folder (default: all in --models)"
     )
     check.add_argument("--json", action="store_true", help="write JSON, one object per line")
+    check.add_argument("--confined", action="store_true", help=argparse.SUPPRESS)  # for `check_in_process`
     home = environment.path("MLG_HOME", "~/.mlg")
     for command in (run, serve, check):
         command.formatter_class = parser.formatter_class

@@ -24,7 +24,7 @@ from provider_image.backends import Device, Net
 from provider_image.cores import available_cores
 from provider_image.environment import without_secrets
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
-from provider_image.models.artefact import Artefact, check_files, read_artefact
+from provider_image.models.artefact import DIGEST_COVERS_FILES, Artefact, check_files, read_artefact
 from provider_image.models.catalogue import CATALOGUE, install_command
 from provider_image.models.speed import Speed, write_speed
 from provider_image.precision import TOLERANCE, TOLERANCE_BF16
@@ -87,6 +87,8 @@ class CheckReport:
     net_images_per_second: float | None = None
     #: Peak memory of the process; 0 if the model was not loaded, or where the system does not provide it.
     peak_memory_bytes: int = 0
+    #: What is not as it should be, and what to do, though it fails nothing; None if there is nothing.
+    warning: str | None = None
     #: What is wrong and what to do; None if the model passed.
     problem: str | None = None
 
@@ -140,6 +142,8 @@ def describe(report: CheckReport) -> list[str]:
         add_line("speed", rates)
     if report.peak_memory_bytes:
         add_line("memory", f"{report.peak_memory_bytes / 1e6:.0f} MB at peak")
+    if report.warning is not None:
+        add_line("warning", report.warning)
     add_line("verdict", "ok" if report.problem is None else f"FAILED: {report.problem}")
     return lines
 
@@ -183,6 +187,7 @@ def check_model(
             storage=artefact.precision,
             reference=artefact.reference,
             tolerance=_tolerance(artefact, precision),
+            warning=None if artefact.format >= DIGEST_COVERS_FILES else _renewal_hint(artefact),
         )
         if installed_as not in (None, artefact.name):
             raise BrokenArtefact(f"The folder {folder} holds the model {artefact.name}. Rename it to that.")
@@ -225,7 +230,8 @@ def check_in_process(folder: Path, models: Path, *, threads: int | None, precisi
     """Check a model in a separate process, and store its speed if it is installed in `models`.
 
     The memory is then that of a provider with this model only, without that of the caller or of models checked before.
-    If the process crashes, the report says so.
+    The folder may come from a stranger: the process has no network, and limits on memory and time. If it crashes, the
+    report says so.
     """
     options = ["--models", str(models.absolute()), "--precision", precision]
     options += [] if threads is None else ["--threads", str(threads)]
@@ -234,7 +240,7 @@ def check_in_process(folder: Path, models: Path, *, threads: int | None, precisi
     )
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "provider_image", "check", str(folder.absolute()), "--json", *options],
+            [sys.executable, "-m", "provider_image", "check", str(folder.absolute()), "--json", "--confined", *options],
             cwd=_PACKAGE.parent,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -317,6 +323,13 @@ def _raise_if_wrong(artefact: Artefact, images: Sequence[ImageCheck]) -> None:
 def _repair_hint(artefact: Artefact) -> str:
     needs_file = artefact.name in CATALOGUE and artefact.source == "own"
     return f"Delete {artefact.folder}, then: {install_command(artefact.name)}{' --weights FILE' * needs_file}"
+
+
+def _renewal_hint(artefact: Artefact) -> str:
+    return (
+        f"Its digest does not cover its files, because it has format {artefact.format}: other weights could pass as "
+        f"this model. To renew it: {_repair_hint(artefact)}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""A filter of system calls for processes that read files of strangers: no sockets, no access to other processes.
+"""What processes that read files of strangers may not do: open sockets, access other processes, take all resources.
 
-Used by decoder processes and by `compiler/confined.py`. Weaknesses: the process can read and write the user's files,
-and there are filters on x86-64 and 64-bit ARM only, where the system allows them.
+Used by decoder processes, by `compiler/confined.py` and for `mlg models check`. Weaknesses: the process can read and
+write the user's files, and there are filters of system calls on x86-64 and 64-bit ARM only, where the system allows
+them.
 """
 
 from __future__ import annotations
@@ -9,10 +10,24 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
+import signal
 import struct
 from collections.abc import Sequence
 
+from provider_image.cores import available_memory_bytes
+
+#: Most processor time of a process, of all threads together. The slowest model of the catalogue takes some minutes to
+#: build.
+MAX_CPU_SECONDS = 7200
+#: Share of the memory that a process may take, and what it may take at least.
+_MEMORY_SHARE = 0.75
+_MIN_MEMORY_BYTES = 4 * 1024**3
+#: Largest file that it may write.
+_MAX_FILE_BYTES = 16 * 1024**3
+
 # Constants of Linux.
+_PR_SET_PDEATHSIG = 1
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 _SECCOMP_MODE_FILTER = 2
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 1  # EPERM
@@ -22,6 +37,30 @@ _REFUSED_CALLS = {
     "x86_64": (0xC000003E, (41, 425, 101, 310, 311, 438)),
     "aarch64": (0xC00000B7, (198, 425, 117, 270, 271, 438)),
 }
+
+
+def memory_limit_bytes() -> int:
+    """Return the most memory of a confined process."""
+    return max(_MIN_MEMORY_BYTES, int(available_memory_bytes() * _MEMORY_SHARE))
+
+
+def confine(max_bytes: int, max_cpu_seconds: int = MAX_CPU_SECONDS) -> str | None:
+    """Limit what this process may do, irrevocably; it also ends with the thread that started it.
+
+    :return: why it keeps the network; None if it does not.
+    """
+    for kind, limit in (
+        (resource.RLIMIT_DATA, max_bytes),
+        (resource.RLIMIT_CPU, max_cpu_seconds),
+        (resource.RLIMIT_FSIZE, _MAX_FILE_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        most = resource.getrlimit(kind)[1]
+        limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+        # One more until the system kills it: SIGXCPU tells the parent why it ended.
+        resource.setrlimit(kind, (limit, limit + 1 if most == resource.RLIM_INFINITY else most))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    return refuse_sockets()
 
 
 def refuse_sockets() -> str | None:

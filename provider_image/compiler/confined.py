@@ -9,13 +9,11 @@ system has no such filters; the steps then say so.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import logging
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
@@ -24,31 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.compiler.installing import build_folder
-from provider_image.cores import available_memory_bytes
 from provider_image.environment import without_secrets
 from provider_image.errors import CompilationFailed, MlgError, error_from_reply
 from provider_image.models.artefact import Artefact, is_model_name, read_artefact
-from provider_image.system_calls import refuse_sockets
+from provider_image.system_calls import MAX_CPU_SECONDS, confine, memory_limit_bytes
 
 logger = logging.getLogger(__name__)
 
-#: Most processor time of a build, of all threads together. The slowest model of the catalogue takes some minutes.
-MAX_CPU_SECONDS = 7200
-#: Share of the memory that a build may take, and what it may take at least.
-_MEMORY_SHARE = 0.75
-_MIN_MEMORY_BYTES = 4 * 1024**3
-#: Largest file that it may write.
-_MAX_FILE_BYTES = 16 * 1024**3
 #: Longest line that is read from it.
 _MAX_LINE_BYTES = 65_536
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-
-_PR_SET_PDEATHSIG = 1  # of Linux
-
-
-def memory_limit_bytes() -> int:
-    """Return the most memory of a build."""
-    return max(_MIN_MEMORY_BYTES, int(available_memory_bytes() * _MEMORY_SHARE))
 
 
 def build(
@@ -138,7 +121,7 @@ def main(parent: int) -> int:
         output.write(json.dumps(message) + "\n")
 
     target, max_bytes, max_cpu_seconds, arguments, options = pickle.loads(sys.stdin.buffer.read())
-    problem = _confine(max_bytes, max_cpu_seconds)
+    problem = confine(max_bytes, max_cpu_seconds)
     if problem is not None:
         send({"step": f"the network cannot be taken from the process: {problem}"})
     if os.getppid() != parent:  # it ended before this process would have been told
@@ -157,22 +140,6 @@ def main(parent: int) -> int:
         return 1
     send({"done": True})
     return 0
-
-
-def _confine(max_bytes: int, max_cpu_seconds: int) -> str | None:
-    """Limit what this process may do, irrevocably. :return: why it keeps the network; None if it does not."""
-    for kind, limit in (
-        (resource.RLIMIT_DATA, max_bytes),
-        (resource.RLIMIT_CPU, max_cpu_seconds),
-        (resource.RLIMIT_FSIZE, _MAX_FILE_BYTES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        most = resource.getrlimit(kind)[1]
-        limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
-        # One more until the system kills it: SIGXCPU tells the parent why it ended.
-        resource.setrlimit(kind, (limit, limit + 1 if most == resource.RLIM_INFINITY else most))
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    return refuse_sockets()
 
 
 if __name__ == "__main__":

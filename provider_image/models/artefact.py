@@ -27,9 +27,11 @@ from provider_image.models.catalogue import ModelFacts, install_command
 logger = logging.getLogger(__name__)
 
 #: Version of model.json that is written, and those that are read. Version 2 knew only classifiers of an image for
-#: OpenVINO; such an artefact has the same digest in version 3. Since version 4 the digest covers the backend's files.
+#: OpenVINO; such an artefact has the same digest in version 3.
 FORMAT_VERSION = 4
 _READABLE_VERSIONS = (2, 3, 4)
+#: Since this version the digest covers the backend's files.
+DIGEST_COVERS_FILES = 4
 #: Ending of the recipe of weights that are stored as f16, where the digest has no precision of its own.
 _F16_SUFFIX = "-f16"
 #: Names that are safe as a folder's name. They come from chunk files, too, so they are not trusted.
@@ -126,7 +128,7 @@ def compute_digest(artefact: Artefact) -> str:
     if (artefact.columns, artefact.backend, artefact.preprocessing_version) != ((), "openvino", 1):
         names += ["recipe", "columns", "backend", "precision", "preprocessing_version"]
         facts = {"format": 3}
-    if artefact.format >= 4:
+    if artefact.format >= DIGEST_COVERS_FILES:
         names += ["recipe", "columns", "backend", "precision", "preprocessing_version"]
         facts = {"format": 4, "files": {file: sha256 for file, (_, sha256) in artefact.files.items()}}
     facts |= {name: getattr(artefact, name) for name in names}

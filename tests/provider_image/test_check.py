@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -115,6 +116,47 @@ def test_order_of_the_top_five_labels_counts_in_f32_only(artefact: Path, monkeyp
 def test_unknown_precision_is_refused(artefact: Path) -> None:
     with pytest.raises(ConfigError, match="f8"):
         check_model(artefact, Device(precision="f8"))
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_an_artefact_whose_digest_does_not_cover_its_files_is_ok_with_a_warning(artefact: Path, number: int) -> None:
+    change(artefact, lambda m: m.update(format=number))
+    digest = compute_digest(read_artefact(artefact))
+    change(artefact, lambda m: m.update(digest=digest))
+
+    report = check_model(artefact, seconds=SECONDS)
+
+    assert report.is_ok, report.problem
+    assert (report.warning is not None) == (number == 3)
+    warned = [line for line in describe(report) if line.split()[0] == "warning"]
+    assert ["mlg models compile efficientnet_lite0" in line for line in warned] == [True] * (number == 3)
+
+
+def test_the_process_of_a_check_has_limits_and_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = tmp_path / "noted"
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import atexit, json, resource, socket
+
+def note():
+    kinds = resource.RLIMIT_DATA, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE
+    limits = [resource.getrlimit(kind)[0] for kind in kinds]
+    try:
+        socket.socket().close()
+        has_network = True
+    except OSError:
+        has_network = False
+    open({str(noted)!r}, "w").write(json.dumps([limits, has_network]))
+
+atexit.register(note)
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    report = check_in_process(tmp_path / "nothing", tmp_path, threads=1, precision="f32")
+
+    assert "has no artefact" in str(report.problem)
+    limits, has_network = json.loads(noted.read_text())
+    assert min(limits) > 0
+    assert has_network == (platform.machine() not in ("x86_64", "aarch64"))
 
 
 # What must fail
