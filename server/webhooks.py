@@ -191,7 +191,8 @@ class Deliverer:
 
     def _end(self, delivery: DeliveryRecord) -> None:
         with self._lock:
-            del self._sending[delivery.id]
+            # Not there if it was claimed twice: the system's time was set beyond the end of its lease.
+            self._sending.pop(delivery.id, None)
             if len(self._sending) <= self._wake_below:
                 self._wake.set()
 

@@ -420,6 +420,39 @@ def test_a_slow_receiver_delays_only_itself(
     assert sum(one.last_error is not None for one in store.webhooks.list_deliveries()) >= 4
 
 
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_system_time_that_is_set_while_messages_are_sent_loses_none(
+    client: flask.testing.FlaskClient,
+    answer: Callable[..., list[str]],
+    deliverer: Deliverer,
+    store: Store,
+    receiver: Receiver,
+    clock: Clock,
+    hours: int,
+) -> None:
+    receiver.may_answer.clear()
+    first = post(client, receiver.url)
+    answer()
+    senders = deliverer.send_due()
+    wait_until(lambda: receiver.got)
+
+    clock.ahead = timedelta(hours=hours)
+    again = deliverer.send_due()
+    receiver.may_answer.set()
+    for sender in [*senders, *again]:
+        sender.join(DEADLINE_SECONDS)
+    clock.ahead += timedelta(hours=2)
+    send_due(deliverer)
+
+    # A message whose lease seems to have ended is sent again, under the same id.
+    assert [len(senders), len(again)] == [1, int(hours > 0)]
+    assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
+    assert len(receiver.got) == 1 + len(again)
+    assert [message["data"]["req_id"] for message in receiver.messages()] == [first] * len(receiver.got)
+    assert [one.status for one in store.webhooks.list_deliveries()] == ["delivered"]
+    assert deliverer._sending == {}
+
+
 def test_a_client_whose_receivers_hang_does_not_delay_the_messages_of_others(
     client: flask.testing.FlaskClient,
     store: Store,
