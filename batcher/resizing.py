@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from batcher.errors import ResizingUnavailable
 from provider_image.decoders import JOB_TIMEOUT_SECONDS, DecoderPool, DecoderResult
 from provider_image.errors import DecodingUnavailable, MlgError
+from provider_image.extensions import extension_folders
 
 if TYPE_CHECKING:
     from batcher.executors import Executor
@@ -26,14 +27,22 @@ class Resizer:
     """Resizes items in a pool of processes; safe to use from several threads.
 
     :param workers: maximum number of processes.
+    :param models: the folder of artefacts.
     :param environment, limit_seconds: see `DecoderPool`.
     """
 
     def __init__(
-        self, workers: int, *, environment: Mapping[str, str] | None = None, limit_seconds: float = JOB_TIMEOUT_SECONDS
+        self,
+        workers: int,
+        models: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+        limit_seconds: float = JOB_TIMEOUT_SECONDS,
     ) -> None:
+        self._models = models
         self._pool, self._tries = (
-            DecoderPool(workers, environment=environment, limit_seconds=limit_seconds) for _ in range(2)
+            DecoderPool(workers, environment=environment, limit_seconds=limit_seconds, readable=readable)
+            for readable in ((), (models, *extension_folders()))
         )
         self._threads, self._try_threads = (ThreadPoolExecutor(workers, name) for name in ("resize", "try"))
         self._is_closed = False
@@ -55,15 +64,15 @@ class Resizer:
         jobs = [{"do": "resize", "options": size, "inputs": each} for each in inputs]
         return self._run(self._threads, self._pool, jobs)
 
-    def try_item(self, chunk: Path, models: Path, number: int) -> MlgError | None:
+    def try_item(self, chunk: Path, number: int) -> MlgError | None:
         """Decode the inputs of an item of a chunk file as a worker does.
 
-        :param models: the folder of artefacts.
         :return: None, or why they cannot be used; WorkerDied and ChunkTimeout as in `DecoderPool.run`.
         :raises ResizingUnavailable: as `resize`.
         """
-        options = {"chunk": str(chunk), "models": str(models), "number": number}
-        (found,) = self._run(self._try_threads, self._tries, [{"do": "try", "options": options, "inputs": {}}])
+        options = {"path": str(chunk), "models": str(self._models), "number": number}
+        job = {"do": "try", "options": options, "inputs": {"chunk": str(chunk)}}
+        (found,) = self._run(self._try_threads, self._tries, [job])
         return found if isinstance(found, MlgError) else None
 
     def _run(

@@ -43,9 +43,9 @@ MODEL_ERRORS = (NotInstalled, ModelError, UnknownModel, ExecutorUnavailable)
 #: The precision that is asked of workers that are not trusted.
 _REMOTE_PRECISION = "f32"
 
-#: Tries on this machine whether the model can take the inputs of an item: chunk file, models folder, number -> None, or
-#: why not. :raises ResizingUnavailable: that cannot be tried now.
-TryItem = Callable[[Path, Path, int], MlgError | None]
+#: Tries on this machine whether the model can take the inputs of an item: chunk file, number -> None, or why not.
+#: :raises ResizingUnavailable: that cannot be tried now.
+TryItem = Callable[[Path, int], MlgError | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def resolve_chunk(
         resolved = resolve_failed_chunk(packed.items, outcome, is_stopping=is_stopping)
         if try_item is None or not is_last_try(packed.items) or resolved.failures[0].blame is not Blame.ITEM:
             return resolved
-        failure = _try_once_more(packed, resolved.failures[0], models, try_item, is_stopping)
+        failure = _try_once_more(packed, resolved.failures[0], try_item, is_stopping)
         return replace(resolved, failures=(failure,))
     try:
         artefact = find_artefact(models, packed.planned.model)
@@ -121,7 +121,7 @@ def resolve_chunk(
     for item, result in zip(packed.items, results.items, strict=True):
         try:
             if try_item is not None and isinstance(result.error, BadInput):
-                raise try_item(packed.chunk, models, result.number) or _untrue(result.error)
+                raise try_item(packed.chunk, result.number) or _untrue(result.error)
             _check_item(packed.planned.service, artefact, item, result)
         except (ResizingUnavailable, UntrueResults) as error:
             failures.append(_make_failure([item], error, Blame.NOBODY, delay))
@@ -138,13 +138,11 @@ def is_last_try(items: Sequence[PlannedItem]) -> bool:
     return len(items) == 1 and max(claim.attempts for claim in items[0].claims) + 1 >= MAX_ATTEMPTS
 
 
-def _try_once_more(
-    packed: PackedChunk, failure: ClaimFailure, models: Path, try_item: TryItem, is_stopping: bool
-) -> ClaimFailure:
+def _try_once_more(packed: PackedChunk, failure: ClaimFailure, try_item: TryItem, is_stopping: bool) -> ClaimFailure:
     """Try here the input of an item that fails for good because strangers failed on it."""
     (item,) = packed.items
     try:
-        error = try_item(packed.chunk, models, 0)
+        error = try_item(packed.chunk, 0)
     except ResizingUnavailable as unavailable:
         return _make_failure([item], unavailable, Blame.NOBODY, 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS)
     if error is not None:
@@ -178,7 +176,7 @@ def check_results(packed: PackedChunk, models: Path, try_item: TryItem, results:
             raise InferenceFailed(f"The provider failed on an item: {_printable(result.error)[:200]}")
         else:
             with contextlib.suppress(ResizingUnavailable):
-                if try_item(packed.chunk, models, result.number) is None:
+                if try_item(packed.chunk, result.number) is None:
                     raise _untrue(result.error)
     return sum(result.error is None for result in found.items)
 

@@ -89,7 +89,8 @@ class Batcher:
         self._control_state: ControlState | None = None
         is_resized = is_resizing(settings, executor)
         #: Also tries what a stranger says of an input. Its processes are started when they are needed.
-        self._resizer = Resizer(settings.resizers) if is_resized or not executor.is_trusted else None
+        has_resizer = is_resized or not executor.is_trusted
+        self._resizer = Resizer(settings.resizers, settings.models) if has_resizer else None
         self._cycle = Cycle(
             store=store,
             executor=executor,

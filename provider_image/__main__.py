@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _prepare_for_work()
         if options.command == "check":
             if options.confined:
-                from provider_image.system_calls import confine, memory_limit_bytes
+                from provider_image.system_calls import MAX_CPU_SECONDS, confine, memory_limit_bytes
 
-                confine(memory_limit_bytes())
+                confine(memory_limit_bytes(), MAX_CPU_SECONDS, map(Path, options.names))
             return _check(options)
         _run_here(options)
     except (MlgError, OSError) as error:
@@ -123,7 +123,8 @@ def _check(options: argparse.Namespace) -> int:
             return check_in_process(folder, options.models, threads=options.threads, precision=options.precision)
         name = folder.name if folder.parent == options.models else None
         report = check_model(folder, _device(options), installed_as=name)
-        record_speed(report, options.models)
+        if not options.confined:  # else the process that started this one does, and it may not write here
+            record_speed(report, options.models)
         return report
 
     write = functools.partial(print, flush=True)
@@ -192,7 +193,10 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         "--models-bytes",
         type=int,
         metavar="N",
-        help="most memory of models that stay loaded; the current one may need more (default: half of the memory)",
+        help=(
+            "most memory of models that stay loaded, and of what a chunk takes beside them; one model may need more "
+            "(default: half of the memory)"
+        ),
     )
     serve.add_argument("--exit-with-stdin", action="store_true", help="exit immediately when standard input is closed")
     check = commands.add_parser(

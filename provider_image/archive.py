@@ -31,11 +31,11 @@ _ZIP_ERRORS = (zipfile.BadZipFile, *DAMAGED_FILE_ERRORS)
 class Archive:
     """An untrusted zip: its size is limited before Python's zipfile reads it, and entries are read up to their size."""
 
-    def __init__(self, path: Path, document_name: str, error: type[ChunkError]) -> None:
+    def __init__(self, path: Path, document_name: str, error: type[ChunkError], file: BinaryIO | None = None) -> None:
         self._error, self._path, self._document_name = error, path, document_name
         self._lock = threading.Lock()
         try:
-            self._file: BinaryIO = path.open("rb")
+            self._file: BinaryIO = path.open("rb") if file is None else file
         except OSError as cause:
             raise error(f"{path.name} cannot be opened: {cause.strerror}") from cause
         try:

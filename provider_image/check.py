@@ -230,8 +230,8 @@ def check_in_process(folder: Path, models: Path, *, threads: int | None, precisi
     """Check a model in a separate process, and store its speed if it is installed in `models`.
 
     The memory is then that of a provider with this model only, without that of the caller or of models checked before.
-    The folder may come from a stranger: the process has no network, and limits on memory and time. If it crashes, the
-    report says so.
+    The folder may come from a stranger: the process has no network, reads no other files of the user, and has limits on
+    memory and time. If it crashes, the report says so.
     """
     options = ["--models", str(models.absolute()), "--precision", precision]
     options += [] if threads is None else ["--threads", str(threads)]
@@ -251,7 +251,7 @@ def check_in_process(folder: Path, models: Path, *, threads: int | None, precisi
     except subprocess.TimeoutExpired:
         return replace(report, problem=f"The check did not finish within {_TIMEOUT_SECONDS:.0f} seconds.")
     try:
-        return CheckReport.from_json(json.loads(done.stdout))
+        report = CheckReport.from_json(json.loads(done.stdout))
     except (ValueError, TypeError, KeyError):
         stderr_lines = done.stderr.decode(errors="replace").strip().splitlines()
         ending = (
@@ -261,6 +261,8 @@ def check_in_process(folder: Path, models: Path, *, threads: int | None, precisi
         )
         hint = "Check whether there is enough memory." if done.returncode == -9 else ""
         return replace(report, problem=" ".join([f"The process of the check {ending}.", hint, *stderr_lines[-1:]]))
+    record_speed(report, models.absolute())
+    return report
 
 
 def record_speed(report: CheckReport, models: Path) -> bool:

@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from provider_image.archive import Archive, add, add_json, atomic_zip
 from provider_image.errors import MalformedChunk, MalformedResults, MlgError, error_from_reply
@@ -170,12 +170,13 @@ class ChunkReader:
 
 
 @contextlib.contextmanager
-def open_chunk(path: Path) -> Iterator[ChunkReader]:
+def open_chunk(path: Path, file: BinaryIO | None = None) -> Iterator[ChunkReader]:
     """Open a chunk file and check everything except the contents of the inputs.
 
+    :param file: the same file, if it is open already; it is closed at the end.
     :raises MalformedChunk: it cannot be read, has another version, or violates the format.
     """
-    with contextlib.closing(Archive(path, "chunk.json", MalformedChunk)) as archive:
+    with contextlib.closing(Archive(path, "chunk.json", MalformedChunk, file)) as archive:
         check_chunk(archive.document)
         archive.check_files(_sizes(archive.document, "inputs"))
         yield ChunkReader(archive)

@@ -1,13 +1,15 @@
 """The cores and the memory that this process may use, by its affinity and the limits of its container.
 
 In a container that is limited to two of 64 cores, 64 threads are slower than two. Read by the runtime, the check and
-the batcher's settings.
+the batcher's settings. The runtime and the processes that read files of strangers limit themselves further here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +62,40 @@ def limit_cores(number: int) -> None:
         cores = sorted(os.sched_getaffinity(0))
         first = os.getpid() % len(cores)  # other processes may do the same
         os.sched_setaffinity(0, [*cores, *cores][first : first + min(number, len(cores))])
+
+
+def limit_resource(kind: int, value: int) -> None:
+    """Have the kernel limit a resource of this process, one of `resource.RLIMIT_...`, unless it allows less already.
+
+    The process may raise it again, up to what was allowed before.
+    """
+    _, most = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if most == resource.RLIM_INFINITY else min(value, most), most))
+
+
+def allocated_bytes() -> int:
+    """Return the memory that this process has allocated, used or not, as the kernel counts it for RLIMIT_DATA.
+
+    0 where the system does not say it.
+    """
+    lines = _read(Path("/proc/self/status")).splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), 0)
+
+
+@contextlib.contextmanager
+def limited_memory(extra_bytes: int) -> Iterator[None]:
+    """Let allocations of this process fail, while the block runs, beyond so much more than it has now.
+
+    This is for all its threads together. The one that allocates gets a MemoryError, if its library reports it.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    known = allocated_bytes()
+    if known and before[0] == resource.RLIM_INFINITY:
+        limit_resource(resource.RLIMIT_DATA, known + extra_bytes)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _quotas(root: Path) -> list[float]:

@@ -217,6 +217,8 @@ class InferenceFailed(MlgError):
     @staticmethod
     def from_exception(error: Exception) -> MlgError:
         """Return an MlgError as it is, and one for any other exception, which is a bug in a service or a library."""
+        if isinstance(error, MemoryError):
+            return InferenceFailed("It takes more memory than it may. Scale it down and send it again.")
         return error if isinstance(error, MlgError) else InferenceFailed(f"{type(error).__name__}: {error}")
 
 

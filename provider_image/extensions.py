@@ -8,11 +8,29 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+#: The groups of entry points.
+SERVICES, BACKENDS = "mlg.services", "mlg.backends"
+
+
+def extension_folders() -> list[Path]:
+    """Return the folders of the packages that declare implementations, without importing them.
+
+    They may lie outside Python's search path, where such a package is installed for development.
+    """
+    from importlib.metadata import entry_points
+
+    points = [point for group in (SERVICES, BACKENDS) for point in entry_points(group=group)]
+    specs = [importlib.util.find_spec(name) for name in {point.module.partition(".")[0] for point in points}]
+    places = [(*(spec.submodule_search_locations or ()), spec.origin) for spec in specs if spec is not None]
+    return [Path(place) for each in places for place in each if place]
 
 
 class Extensions(Mapping[str, str]):

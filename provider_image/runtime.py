@@ -3,7 +3,9 @@
 Called by the warm process and by `run --cold`. One thread per core takes as many items as the net runs at once, decodes
 and runs them. Pillow and OpenVINO release the GIL, so the decoding of one item overlaps with the inference of another.
 The bytes of an item are read when its turn comes and dropped when it is decoded, so memory does not grow with the
-chunk.
+chunk. While items are worked on, the kernel limits what this process may allocate: one that makes a decoder take memory
+without end fails alone, and the machine goes on. There is no limit on the time of an item: who sent the chunk limits
+that of the chunk, and ends the process.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 from provider_image.backends import Device, Net
 from provider_image.chunk import ChunkReader, ItemEntry, ItemResult, Results, open_chunk, write_results
-from provider_image.cores import available_memory_bytes
+from provider_image.cores import available_memory_bytes, limited_memory
 from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.service import Output, Service, are_inputs, check_params, describe_inputs
@@ -33,8 +35,11 @@ logger = logging.getLogger(__name__)
 _ReadyItem = tuple[int, Any, Mapping[str, Any]]
 #: What a loaded net takes beside its weights: buffers and code.
 _NET_BYTES = 64 * 1024 * 1024
-#: Share of the memory that loaded nets may take, of all processes together.
+#: Share of the memory that loaded nets may take, of all processes together; chunks may take as much.
 _NETS_SHARE = 0.5
+#: Memory that an item may take at least. An image takes at most 200 MB; the rest is for its file and for memory that is
+#: not returned at once.
+MAX_JOB_BYTES = 320 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,8 @@ class NetCache:
         self._max_bytes = default_net_bytes() if max_bytes is None else max_bytes
         #: What the nets run on.
         self.device = device or Device()
+        #: Memory that the items of a chunk may take together.
+        self.work_bytes = max(self._max_bytes, MAX_JOB_BYTES * self.device.threads)
         self._models = models
         self._find_service = find_service
         self._nets: collections.OrderedDict[tuple[Path, str], Net] = collections.OrderedDict()
@@ -159,7 +166,10 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
                 )
         size = loaded.net.batch_items
         batches = [reader.items[start : start + size] for start in range(0, len(reader.items), size)]
-        with ThreadPoolExecutor(nets.device.threads, thread_name_prefix="item") as pool:
+        with (
+            limited_memory(nets.work_bytes),
+            ThreadPoolExecutor(nets.device.threads, thread_name_prefix="item") as pool,
+        ):
             done = list(pool.map(lambda batch: _run_batch(reader, loaded, batch), batches))
         found = Results(
             chunk_id=reader.chunk_id,
@@ -185,6 +195,9 @@ def _run_batch(reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEnt
         started = time.perf_counter()
         try:
             ready.append((item.number, *prepare_item(loaded.service, loaded.artefact, reader, item)))
+        except MemoryError as error:
+            # Not kept itself: its traceback has what the item allocated.
+            outcomes[item.number] = InferenceFailed.from_exception(error)
         except Exception as error:  # noqa: BLE001 - one item must not affect the others
             outcomes[item.number] = error
         seconds[item.number] = time.perf_counter() - started

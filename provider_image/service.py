@@ -7,6 +7,7 @@ inputs, parameters and views, the batcher checks outputs with it, the runtime ru
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 #: Most pixels of an image in an output.
 _MAX_OUTPUT_PIXELS = 100_000_000
+#: Most values of a JSON file in an output, as its commas, colons and brackets say: each takes some 70 bytes to check.
+MAX_JSON_VALUES = 1_000_000
+#: Text is checked in pieces of this size.
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,8 @@ class OutputFile:
 
     #: One sentence of help.
     help: str
-    #: image/jpeg, image/png, image/webp, application/json, text/plain (UTF-8) or application/octet-stream (anything).
+    #: image/jpeg, image/png, image/webp, application/json (UTF-8, of at most MAX_JSON_VALUES), text/plain (UTF-8) or
+    #: application/octet-stream (anything).
     media_type: str
     #: Most bytes.
     max_bytes: int
@@ -218,9 +224,20 @@ def _has_type(data: bytes, media_type: str) -> bool:
             header = read_header(data, _MAX_OUTPUT_PIXELS, max_decoding_bytes=math.inf, max_side=math.inf)
             return MEDIA_TYPES[header.format] == media_type
         if media_type == "application/json":
-            json.loads(data)
+            _check_json(data)
         elif media_type == "text/plain":
-            data.decode()
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            for start in range(0, len(data), _PIECE_BYTES):
+                decoder.decode(data[start : start + _PIECE_BYTES])
+            decoder.decode(b"", final=True)
     except (BadInput, ValueError, RecursionError):
         return False
     return media_type in ("application/json", "text/plain", "application/octet-stream")
+
+
+def _check_json(data: bytes) -> None:
+    """Check that a file is JSON of a size that can be parsed. :raises ValueError, RecursionError: it is not."""
+    # No value is without one of these, but the first.
+    if sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ValueError("too many values")
+    json.loads(data.decode(), object_pairs_hook=len)  # objects are not kept

@@ -835,6 +835,13 @@ def m017_leases(db: sqlite_utils.Database) -> None:
     db.execute("CREATE TABLE lease_clocks (boot_id TEXT PRIMARY KEY, zero_at TEXT NOT NULL) WITHOUT ROWID")
 
 
+def m019_unused_providers(db: sqlite_utils.Database) -> None:
+    """Finds the providers that are forgotten because they were neither rented nor banned."""
+    db.execute(
+        "CREATE INDEX providers_unused ON providers (seen_at) WHERE done = 0 AND failed = 0 AND ban_reason IS NULL"
+    )
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -853,6 +860,7 @@ STEPS: tuple[Step, ...] = (
     m015_bills,
     m016_leaks,
     m017_leases,
+    m019_unused_providers,
 )
 
 

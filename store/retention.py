@@ -18,6 +18,7 @@ from store.database import Database, Transaction, WriteFunction
 from store.files import digests_of_inputs
 from store.images import ImageStore, is_needed
 from store.migrations import KEEP_UNTIL_SQL
+from store.rentals.providers import KEEP_UNUSED, Providers
 from store.requests import ROWS_PER_COMMIT, delete_requests
 from store.rows import to_text
 
@@ -69,7 +70,7 @@ class PurgeReport:
 
 
 class Retention:
-    """Deleting what is old, changes and webhook deliveries included."""
+    """Deleting what is old: changes, webhook deliveries, kept responses and unused providers included."""
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class Retention:
         changes: Changes,
         webhooks: Webhooks,
         idempotency: Idempotency,
+        providers: Providers,
     ) -> None:
         self._database = database
         self._images = images
@@ -86,6 +88,7 @@ class Retention:
         self._changes = changes
         self._webhooks = webhooks
         self._idempotency = idempotency
+        self._providers = providers
         self._is_stopping = threading.Event()
 
     def stop(self) -> None:
@@ -105,6 +108,7 @@ class Retention:
         self._changes.purge(before=now - KEEP_CHANGES)
         self._webhooks.purge(before=now - KEEP_DELIVERIES)
         self._idempotency.purge(now=now)
+        self._providers.purge(before=now - KEEP_UNUSED)
         return PurgeReport(images=images, results=results, leftovers=self._sweep(now))
 
     def _purge_requests(self, which: str, before: datetime) -> int:

@@ -67,7 +67,13 @@ class Store:
         self.changes = Changes(self.database)
         self.webhooks = Webhooks(self.database)
         self.retention = Retention(
-            self.database, self.images, self.batches, self.changes, self.webhooks, self.idempotency
+            self.database,
+            self.images,
+            self.batches,
+            self.changes,
+            self.webhooks,
+            self.idempotency,
+            self.providers,
         )
 
     def migrate(self) -> list[str]:

@@ -29,6 +29,18 @@ def open_sockets(models: Path, *, on_step: Step) -> None:
     raise UnsuitableModel(" ".join(found))
 
 
+def use_files(models: Path, given: Path, *, on_step: Step) -> None:
+    """Try to use files: the one that is given, another one beside it, and one in the models folder."""
+    found = [given.read_text()]
+    for path, mode in ((given.parent / "secret", "r"), (given, "w"), (models / "new", "w"), (models / "new", "r")):
+        try:
+            with path.open(mode):
+                found.append("ok")
+        except OSError as error:
+            found.append(errno.errorcode[error.errno or 0])
+    raise UnsuitableModel(" ".join(found))
+
+
 def take_memory(models: Path, *, on_step: Step) -> None:
     """Take more memory than is allowed."""
     bytearray(1 << 31)

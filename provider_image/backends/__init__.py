@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact
-from provider_image.extensions import Extensions
+from provider_image.extensions import BACKENDS, Extensions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: The model's input, or its output, for each item of a batch.
 Arrays = Sequence["np.ndarray[Any, Any]"]
 #: name -> "module:loader", see `Loader`. Other packages add to it by entry points of this group.
-REGISTRY = Extensions("mlg.backends", {"openvino": "provider_image.backends.openvino:load_net"})
+REGISTRY = Extensions(BACKENDS, {"openvino": "provider_image.backends.openvino:load_net"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,15 @@
 
 Called by `mlg models compile`. Keras, HDF5 and tensorflow read such files in C code, and a small file may describe a
 huge network. The process may use a share of the memory and some processor time, opens no socket, cannot trace other
-processes, gets no secrets, and ends with its parent. What it says is only used after it was checked. Weaknesses: it can
-read and write the user's files, and it keeps the network on other processors than x86-64 and 64-bit ARM and where the
-system has no such filters; the steps then say so.
+processes, gets no secrets, reads no files of the user but those that its arguments name, writes into the models folder
+and a temporary one only, and ends with its parent. What it says is only used after it was checked. Weaknesses: it can
+change other models, and where the system cannot restrict it (`provider_image/system_calls.py`) it keeps the network or
+the user's files; the steps then say so.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -17,7 +19,8 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,8 @@ def build(
 ) -> Artefact:
     """Call a builder in a confined process.
 
-    :param target: "module:function" of the builder, which takes the models folder, the arguments and the options.
+    :param target: "module:function" of the builder, which takes the models folder, the arguments and the options. It
+        may read the files that these name, also in the fields of a record.
     :param name: the model's name.
     :param on_step: called with the name of each step.
     :param max_bytes: most memory; None takes `memory_limit_bytes`.
@@ -55,13 +59,31 @@ def build(
     """
     max_bytes = memory_limit_bytes() if max_bytes is None else max_bytes
     job = pickle.dumps((target, max_bytes, max_cpu_seconds, (models, *arguments), options))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "provider_image.compiler.confined", str(os.getpid())],
-        cwd=_PACKAGE_PARENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**without_secrets(os.environ), "PYTHONSAFEPATH": ""},  # the package is found by the working folder
-    )
+    if is_model_name(name):  # otherwise the builder refuses it
+        models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mlg-build-") as folder:
+        # Keras would read and write its own settings elsewhere.
+        own = {"TMPDIR": folder, "KERAS_HOME": folder, "PYTHONSAFEPATH": ""}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "provider_image.compiler.confined", str(os.getpid())],
+            cwd=_PACKAGE_PARENT,  # the package is found by the working folder
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**without_secrets(os.environ), **own},
+        )
+        return _follow(process, job, models, name, on_step=on_step, limits=(max_bytes, max_cpu_seconds))
+
+
+def _follow(
+    process: subprocess.Popen[bytes],
+    job: bytes,
+    models: Path,
+    name: str,
+    *,
+    on_step: Callable[[str], None],
+    limits: tuple[int, int],
+) -> Artefact:
+    """Give a process its job, and wait for its end. :return, raises: as `build`. :param limits: for messages."""
     assert process.stdin is not None and process.stdout is not None
     reply: dict[str, Any] | None = None
     is_done = False
@@ -90,6 +112,7 @@ def build(
     if reply is not None and isinstance(reply.get("error"), dict):
         raise error_from_reply({**reply["error"], "reason": _printable(reply["error"].get("reason"))})
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+    max_bytes, max_cpu_seconds = limits
     raise CompilationFailed(
         f"The process that builds {name} {how}. It may use {max_bytes / 1e9:.1f} GB of memory and {max_cpu_seconds} s "
         "of processor time: the model needs more than that, or its file is damaged."
@@ -121,9 +144,10 @@ def main(parent: int) -> int:
         output.write(json.dumps(message) + "\n")
 
     target, max_bytes, max_cpu_seconds, arguments, options = pickle.loads(sys.stdin.buffer.read())
-    problem = confine(max_bytes, max_cpu_seconds)
-    if problem is not None:
-        send({"step": f"the network cannot be taken from the process: {problem}"})
+    readable = _paths((arguments, options))
+    problems = confine(max_bytes, max_cpu_seconds, readable, [arguments[0], Path(os.environ["TMPDIR"])])
+    for what, problem in problems.items():
+        send({"step": f"{what} cannot be taken from the process: {problem}"})
     if os.getppid() != parent:  # it ended before this process would have been told
         return 1
     module, _, function = target.partition(":")
@@ -140,6 +164,19 @@ def main(parent: int) -> int:
         return 1
     send({"done": True})
     return 0
+
+
+def _paths(value: object) -> Iterator[Path]:
+    """Yield the paths in arguments: also those in lists, mappings and the fields of records."""
+    if isinstance(value, Path):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        yield from _paths([getattr(value, each.name) for each in dataclasses.fields(value)])
+    elif isinstance(value, Mapping):
+        yield from _paths(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _paths(each)
 
 
 if __name__ == "__main__":

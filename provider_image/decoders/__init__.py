@@ -2,14 +2,16 @@
 
 Used by `batcher.resizing`, which reduces images before they are packed, and by the server's thumbnails. Decoding an
 untrusted image may crash or hang its process, or take all memory, so `__main__.py` does it with limits on memory and
-processor time, and without sockets: it reaches neither the network nor the Golem daemon. Each process has one image at
-a time, so it is known which image killed it. This is not a `ProcessPoolExecutor`, which cannot tell which job broke it
-and leaves its processes behind when its owner is killed.
+processor time, and without sockets: it reaches neither the network nor the Golem daemon. Where the kernel can restrict
+that (`provider_image.system_calls`), it reads no file of the user but those that it is given. Each process has one
+image at a time, so it is known which image killed it. This is not a `ProcessPoolExecutor`, which cannot tell which job
+broke it and leaves its processes behind when its owner is killed.
 
 A process and its owner exchange messages over a Unix socket, the process's standard input: one of JSON for each job
 (`do` is the name of the work, `options` its keyword arguments, `inputs` a path by name, and there is `limit_seconds`),
-and one of JSON for each reply, followed by one for each output that it names. The process reads the files itself, so
-the originals do not pass through its owner. It ends when the owner's end of the socket closes, for whatever reason.
+followed by the opened files of its inputs, and one of JSON for each reply, followed by one for each output that it
+names. The process reads the files itself, so the originals do not pass through its owner. It ends when the owner's end
+of the socket closes, for whatever reason.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import ChunkTimeout, DecodingUnavailable, MlgError, WorkerDied, error_from_reply
@@ -37,6 +41,8 @@ JOB_TIMEOUT_SECONDS = 30.0
 START_SECONDS = 60.0
 #: What a process sends when it is ready.
 READY = b"ready"
+#: What the files of a job come with, and the most of them: those of a contact sheet. The kernel takes 253 at once.
+FILES, MAX_FILES = b"f", 250
 #: Longest message of JSON in both directions: paths of a hundred thumbnails, a reason.
 MAX_JSON_BYTES = 256 * 1024
 #: The kernel ends a process this long after the timeout of its item: a process that hangs while it holds the GIL would
@@ -60,16 +66,23 @@ class DecoderPool:
     :param workers: maximum number of processes.
     :param environment: variables for them, in addition to those of this process that are not secret.
     :param limit_seconds: limit for a job.
+    :param readable: folders that they may read beside the inputs.
     """
 
     def __init__(
-        self, workers: int, *, environment: Mapping[str, str] | None = None, limit_seconds: float = JOB_TIMEOUT_SECONDS
+        self,
+        workers: int,
+        *,
+        environment: Mapping[str, str] | None = None,
+        limit_seconds: float = JOB_TIMEOUT_SECONDS,
+        readable: Iterable[Path] = (),
     ) -> None:
         self._limit_seconds = limit_seconds
         self._is_closed = False
         own = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
         variables = child_environment({**own, **(environment or {})})
-        self._decoders = [Decoder(variables) for _ in range(workers)]
+        command = module_command("provider_image.decoders", *map(str, readable))
+        self._decoders = [Decoder(command, variables) for _ in range(workers)]
         # Last in, first out, so that no more processes are started than are needed at the same time.
         self._free: queue.LifoQueue[Decoder] = queue.LifoQueue()
         for decoder in self._decoders:
@@ -128,8 +141,8 @@ class Decoder:
     :param variables: its environment.
     """
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        self._variables = variables
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
+        self._command, self._variables = command, variables
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[bytes, bytes] | None = None
         self._is_retired = False
@@ -151,6 +164,14 @@ class Decoder:
         :raises DecodingUnavailable: no process can be started.
         :raises OSError: a file cannot be read.
         """
+        with contextlib.ExitStack() as files:
+            try:
+                inputs = [files.enter_context(Path(path).open("rb")) for path in job["inputs"].values()]
+            except FileNotFoundError as missing:
+                return missing
+            return self._run(job, [file.fileno() for file in inputs], limit_seconds)
+
+    def _run(self, job: Mapping[str, Any], inputs: Sequence[int], limit_seconds: float) -> DecoderResult:
         if self.pid is None:
             self.stop()
             self._start()
@@ -159,17 +180,27 @@ class Decoder:
         killer = threading.Timer(limit_seconds + KILL_MARGIN_SECONDS, self._process.kill)
         killer.start()
         try:
-            self._connection.send_bytes(json.dumps({**job, "limit_seconds": limit_seconds}).encode())
+            document = {**job, "inputs": list(job["inputs"]), "limit_seconds": limit_seconds}
+            self._connection.send_bytes(json.dumps(document).encode())
+            if inputs:
+                with socket.fromfd(self._connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as stream:
+                    socket.send_fds(stream, [FILES], inputs)
             if not self._connection.poll(limit_seconds):
                 self.stop()
                 raise _timeout_error(limit_seconds)
             reply = json.loads(self._connection.recv_bytes(MAX_JSON_BYTES))
-            data = {str(name): self._connection.recv_bytes(MAX_BYTES) for name in reply.get("inputs", ())}
+            names, is_error = reply["inputs"], bool(reply.keys() & {"code", "errno"})
+            if set(names) != (set() if is_error else _output_names(job)):
+                raise ValueError("other outputs than those of the job")
+            data, left = {}, MAX_BYTES
+            for name in names:
+                data[name] = self._connection.recv_bytes(left)
+                left -= len(data[name])
         except (BrokenPipeError, ConnectionResetError) as error:
             # The kernel raises these only if the job was never read: this item did not end the process.
             self.stop()
             raise DecoderExited() from error
-        except (OSError, EOFError, ValueError, AttributeError, TypeError) as error:
+        except (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             status = self._exit_status()
             if status in (-signal.SIGALRM, -signal.SIGXCPU):
                 raise _timeout_error(limit_seconds) from error
@@ -180,10 +211,7 @@ class Decoder:
         finally:
             killer.cancel()
         if "errno" in reply:
-            missing_or_unreadable = OSError(reply["errno"], reply["text"])
-            if isinstance(missing_or_unreadable, FileNotFoundError):
-                return missing_or_unreadable
-            raise missing_or_unreadable
+            raise OSError(reply["errno"], str(reply.get("text")))
         return error_from_reply(reply) if "code" in reply else data
 
     def retire(self) -> None:
@@ -223,7 +251,7 @@ class Decoder:
                 if self._is_retired:
                     raise _closed_error()
                 self._process = subprocess.Popen(
-                    module_command("provider_image.decoders"),
+                    self._command,
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     env=dict(self._variables),
@@ -245,6 +273,11 @@ class Decoder:
         if not is_ready:
             how = exit_description(self._exit_status())
             raise DecodingUnavailable(f"A process that decodes images {how} at its start. See the log.")
+
+
+def _output_names(job: Mapping[str, Any]) -> set[str]:
+    """Return the names of what a job returns: one for each input, but for a contact sheet and a trial."""
+    return {"sheet": {"sheet"}, "try": set[str]()}.get(job["do"], set(job["inputs"]))
 
 
 def _closed_error() -> DecodingUnavailable:

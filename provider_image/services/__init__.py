@@ -6,11 +6,11 @@ import functools
 from typing import cast
 
 from provider_image.errors import MalformedChunk
-from provider_image.extensions import Extensions
+from provider_image.extensions import SERVICES, Extensions
 from provider_image.service import Service
 
 #: name -> "module:Class"; the class takes no arguments. Other packages add to it by entry points of this group.
-REGISTRY = Extensions("mlg.services", {"classification": "provider_image.services.classification:Classification"})
+REGISTRY = Extensions(SERVICES, {"classification": "provider_image.services.classification:Classification"})
 
 
 @functools.cache

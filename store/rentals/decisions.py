@@ -108,6 +108,24 @@ class Decisions:
 
         self._database.write(write)
 
+    def withdraw(self, bill_id: str, *, reason: str, now: datetime) -> None:
+        """Record that a bill cannot be paid any more, whatever was decided. One that was never judged stays unknown.
+
+        It counts as refused, so that its agreement is settled.
+        """
+
+        def write(transaction: Transaction) -> None:
+            known = _find(transaction, bill_id)
+            if known is None or known.finished_at is not None:
+                return
+            made = replace(known, is_refused=True, reason=known.reason or reason, finished_at=now)
+            sql = "UPDATE decisions SET is_refused = 1, reason = ?, finished_at = ? WHERE bill_id = ?"
+            transaction.execute(sql, (made.reason, to_text(now), bill_id))
+            if not known.is_refused:
+                _write_bill(transaction, replace(made, decided_at=now), BillState.REFUSED)
+
+        self._database.write(write)
+
     def record_accepted(self, decision: DecisionRecord) -> None:
         """Record a bill that the daemon has accepted, whoever decided that."""
         self._database.write(lambda transaction: _write_bill(transaction, decision, BillState.ACCEPTED))

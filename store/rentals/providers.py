@@ -9,7 +9,7 @@ import builtins
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -24,10 +24,15 @@ INITIAL_SCORE = 0.5
 SCORE_WEIGHT = 0.2
 #: Weight of the earlier images and seconds when new ones are added to a speed.
 SPEED_DECAY = 0.8
+#: A provider that was never rented nor banned is forgotten when it has made no offer for this long.
+KEEP_UNUSED = timedelta(days=30)
 #: Shortest prefix by which an address is recognised: "0x" and six digits.
 MIN_ADDRESS_PREFIX_LENGTH = 8
 #: Shorter work is not measured well enough for a speed.
 MIN_MEASURED_SECONDS = 1e-6
+
+#: Rows that a purge deletes under one lock.
+_ROWS_PER_COMMIT = 50
 
 _RECORD_OFFER = """
     INSERT INTO providers (id, name, first_seen_at, seen_at, start_price, price_per_cpu_second, price_per_second, score)
@@ -65,6 +70,12 @@ _UNBAN = """
 
 _BANNED = """
     SELECT id, ban_reason FROM providers WHERE ban_reason IS NOT NULL AND (banned_until IS NULL OR banned_until > ?)
+"""
+
+_PURGE = """
+    DELETE FROM providers WHERE id IN (
+        SELECT id FROM providers WHERE seen_at < :before AND done = 0 AND failed = 0 AND ban_reason IS NULL
+        LIMIT :rows_per_commit)
 """
 
 # The whole address takes precedence over names, and names over prefixes: names can be chosen freely.
@@ -207,6 +218,14 @@ class Providers:
         for row in self._database.rows("SELECT * FROM provider_speeds ORDER BY provider_id, model"):
             found[row["provider_id"]][row["model"]] = row["images"] / row["seconds"]
         return found
+
+    def scores(self) -> dict[str, float]:
+        """Return the scores of those that have worked: address -> score."""
+        return dict(self._database.rows("SELECT id, score FROM providers WHERE done > 0 OR failed > 0"))
+
+    def purge(self, *, before: datetime) -> int:
+        """Delete those that were never rented nor banned and made no offer since a time. :return: how many."""
+        return self._database.execute_in_steps(_PURGE, {"before": to_text(before)}, rows_per_commit=_ROWS_PER_COMMIT)
 
     def list(self) -> builtins.list[ProviderRecord]:
         """List the providers, the last seen first."""

@@ -89,7 +89,7 @@ def test_an_image_that_cannot_be_decoded_fails_alone_and_immediately(harness: An
 
 def test_a_lie_about_an_image_fails_no_request_for_good(harness: Any) -> None:
     request = harness.add(b"broken")
-    harness.try_item = lambda chunk, models, number: None
+    harness.try_item = lambda chunk, number: None
 
     harness.run()
 

@@ -152,12 +152,12 @@ def plugin(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def resizer(plugin: dict[str, str]) -> Iterator[Callable[..., Resizer]]:
+def resizer(plugin: dict[str, str], models_folder: Path) -> Iterator[Callable[..., Resizer]]:
     """Make resizers that are closed at the end."""
     made = []
 
     def make(workers: int = 2, **options: Any) -> Resizer:
-        made.append(Resizer(workers, **{"environment": plugin, **options}))
+        made.append(Resizer(workers, models_folder, **{"environment": plugin, **options}))
         return made[-1]
 
     yield make
@@ -199,7 +199,8 @@ def process_all(harness: Any, choice: str) -> dict[str, Any]:
     async def main() -> None:
         harness.change_settings(shrink=choice, resizers=2)
         harness.executor = LocalExecutor(make_context(harness.settings.work / "local", harness.models, MLG_WORKERS="2"))
-        harness.resizer = Resizer(2) if is_resizing(harness.settings, harness.executor) else None
+        is_resized = is_resizing(harness.settings, harness.executor)
+        harness.resizer = Resizer(2, harness.models) if is_resized else None
         await harness.executor.start()
         cycle = harness.cycle()
         cycle.flush()
@@ -247,29 +248,27 @@ def test_an_image_that_takes_control_of_its_process_opens_no_socket(tmp_path: Pa
 # Inputs that a stranger refused
 
 
-def test_the_inputs_of_a_chunk_are_tried_as_a_worker_does(tmp_path: Path, models_folder: Path, resizer: Any) -> None:
+def test_the_inputs_of_a_chunk_are_tried_as_a_worker_does(tmp_path: Path, resizer: Any) -> None:
     inputs = [small_image(), BAD["text"], small_image() + b"POISON"]
     chunk = tmp_path / "chunk.zip"
     items = [ChunkItem(number=number, inputs={"image": data}) for number, data in enumerate(inputs)]
     write_chunk(chunk, "c", "classification", MODEL, None, items)
 
-    found = [resizer().try_item(chunk, models_folder, number) for number in range(3)]
+    found = [resizer().try_item(chunk, number) for number in range(3)]
 
     assert found[0] is None
     assert isinstance(found[1], NotAnImage)
     assert isinstance(found[2], WorkerDied)
 
 
-def test_an_input_is_tried_while_all_processes_are_busy_with_resizing(
-    tmp_path: Path, models_folder: Path, resizer: Any
-) -> None:
+def test_an_input_is_tried_while_all_processes_are_busy_with_resizing(tmp_path: Path, resizer: Any) -> None:
     shared, gate, held, chunk = resizer(workers=1), tmp_path / "gate", tmp_path / "held.png", tmp_path / "chunk.zip"
     held.write_bytes(small_image() + b"HOLD:" + str(gate).encode())
     write_chunk(chunk, "c", "classification", MODEL, None, [ChunkItem(number=0, inputs={"image": small_image()})])
     with ThreadPoolExecutor(2) as threads:
         resizing = threads.submit(shared.resize, INPUT, [{"image": held}])
         wait_until(Path(f"{gate}.begun").exists)
-        trying = threads.submit(shared.try_item, chunk, models_folder, 0)
+        trying = threads.submit(shared.try_item, chunk, 0)
         try:
             assert trying.result(60 * slowness()) is None
         finally:
@@ -592,7 +591,7 @@ from batcher.resizing import Resizer
 from provider_image.models.catalogue import CATALOGUE, ModelFacts
 from provider_image.images.resizing import resize as resize_image
 
-resizer = Resizer(2, environment={plugin!r}, limit_seconds=1000 if {tail!r} != "LOCK" else 2)
+resizer = Resizer(2, pathlib.Path("models"), environment={plugin!r}, limit_seconds=1000 if {tail!r} != "LOCK" else 2)
 model = CATALOGUE["efficientnet_lite0"]
 resizer.resize(model, [{{"image": pathlib.Path({str(tmp_path / "valid")!r})}}])
 print("resized", flush=True)

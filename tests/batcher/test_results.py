@@ -162,7 +162,7 @@ def answered(harness: Any, claims: list[Claim], tmp_path: Path) -> Write:
 def trying(*found: MlgError | None) -> Any:
     """What the inputs of the items are found to be when they are tried here."""
 
-    def try_item(chunk: Path, models: Path, number: int) -> MlgError | None:
+    def try_item(chunk: Path, number: int) -> MlgError | None:
         error = found[number]
         if isinstance(error, ResizingUnavailable):
             raise error

@@ -137,6 +137,8 @@ def test_the_process_of_a_check_has_limits_and_no_network(tmp_path: Path, monkey
     (tmp_path / "sitecustomize.py").write_text(f"""
 import atexit, json, resource, socket
 
+notes = open({str(noted)!r}, "w")
+
 def note():
     kinds = resource.RLIMIT_DATA, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE
     limits = [resource.getrlimit(kind)[0] for kind in kinds]
@@ -145,7 +147,7 @@ def note():
         has_network = True
     except OSError:
         has_network = False
-    open({str(noted)!r}, "w").write(json.dumps([limits, has_network]))
+    notes.write(json.dumps([limits, has_network]))
 
 atexit.register(note)
 """)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import struct
@@ -17,6 +18,7 @@ from PIL import Image
 
 from provider_image.decoders import DecoderPool
 from provider_image.errors import BadInput, ChunkTimeout, DecodingUnavailable, ImageTooLarge
+from provider_image.system_calls import MIN_LANDLOCK, landlock_version
 from tests.provider_image.conftest import encode_image
 from tests.provider_image.images.test_headers import bombs, png_chunk
 from tests.timing import cpu_slowness, wait_until
@@ -140,9 +142,21 @@ def plugin(tmp_path: Path) -> Iterator[Callable[..., DecoderPool]]:
     made = []
 
     def make(code: str, **options: Any) -> DecoderPool:
-        (tmp_path / "sitecustomize.py").write_text(f"""
+        folder = tmp_path / "plugin"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(f"""
 import os, time
+from concurrent.futures import ThreadPoolExecutor
 import provider_image.images.decoding as imaging
+
+unrestricted = ThreadPoolExecutor(1)
+unrestricted.submit(int).result()  # its thread begins before the process takes the user's files from itself
+
+def error_of(code):
+    try:
+        eval(code)
+    except OSError as error:
+        return error.errno
 
 def decode(data, *arguments, plain=imaging.decode, **options):
     if bytes(data).endswith(b"ATTACK"):
@@ -151,7 +165,7 @@ def decode(data, *arguments, plain=imaging.decode, **options):
 
 imaging.decode = decode
 """)
-        made.append(DecoderPool(1, environment={"PYTHONPATH": str(tmp_path)}, **options))
+        made.append(DecoderPool(1, environment={"PYTHONPATH": str(folder)}, **options))
         return made[-1]
 
     yield make
@@ -200,9 +214,23 @@ def test_processes_do_not_get_the_secrets_of_their_owner(
     assert b"PATH" in names and b"YAGNA_APPKEY" not in names
 
 
+@pytest.mark.skipif(landlock_version() < MIN_LANDLOCK, reason="the kernel cannot restrict files")
+def test_an_image_that_takes_control_reads_no_file_but_its_own_and_writes_none(plugin: Any, tmp_path: Path) -> None:
+    secret, other = tmp_path / "secret", tmp_path / "other"
+    secret.write_text("secret")
+    codes = [f"open({str(secret)!r})", f"os.listdir({str(tmp_path)!r})", f"open({str(other)!r}, 'w')"]
+    codes += [f"open({str(tmp_path / 'plugin' / 'new')!r}, 'w')", f"open('/proc/{os.getpid()}/environ')"]
+    pool = plugin(f"raise RuntimeError([error_of(code) for code in {codes!r}])")
+
+    found = resize(pool, tmp_path, SMALL + b"ATTACK")
+
+    assert found.reason == f"RuntimeError: {[errno.EACCES] * len(codes)}"
+    assert isinstance(resize(pool, tmp_path, SMALL), dict)
+
+
 def test_waiting_for_a_free_process_ends(plugin: Any, tmp_path: Path) -> None:
     gate = tmp_path / "begun"
-    pool = plugin(f"open({str(gate)!r}, 'w').close(); time.sleep(1000)")
+    pool = plugin(f"unrestricted.submit(open, {str(gate)!r}, 'w').result().close(); time.sleep(1000)")
     results: list[Any] = []
 
     def attack() -> None:

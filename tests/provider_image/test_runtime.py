@@ -1,6 +1,7 @@
 """A chunk gets the right results, an item fails without affecting the others, and memory does not grow."""
 
 import logging
+import resource
 import shutil
 import threading
 from dataclasses import replace
@@ -265,6 +266,28 @@ def test_memory_does_not_grow_with_the_chunk(tmp_path, models_folder):
     tracemalloc.stop()
 
     assert peak < 4 * (megabytes << 20)
+
+
+class Greedy(Counting):
+    """Takes memory for an image, as a decoder with a fault may; what is not written to takes no real memory."""
+
+    def prepare(self, artefact, inputs, params, *, is_resized=False):
+        taken = [bytearray(1 << 28) for _ in range(int(inputs["image"]))]
+        return len(taken)
+
+
+def test_item_that_takes_memory_without_end_fails_alone(tmp_path, models_folder):
+    device, allowed = Device(threads=2), 2 << 30
+    nets = NetCache(models_folder, device, max_bytes=allowed, find_service=lambda name: Greedy())
+    chunk = make_chunk(tmp_path / "c.zip", [b"1", b"256", b"2"])
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+
+    first, greedy, last = run_chunk(chunk, tmp_path / "r.zip", nets).items
+
+    assert (first.output, last.output) == (1, 2)
+    assert (greedy.error.code, greedy.error.permanent) == ("inference_failed", False)
+    assert "more memory" in greedy.error.reason
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_items_are_worked_on_side_by_side(tmp_path, models_folder):

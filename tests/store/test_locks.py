@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,26 @@ def test_every_list_and_claim_uses_an_index(
         if name not in ("feed", "lists of operators", "purge", "read a batch", "fail and release", "finish"):
             sorts = [line for line in plan if "TEMP B-TREE" in line and "GROUP BY" not in line]
             assert sorts == [], (sql, plan)
+
+
+def test_providers_that_only_made_offers_are_forgotten_after_a_month(store: Store) -> None:
+    prices = dict.fromkeys(("start_price", "price_per_cpu_second", "price_per_second"), Decimal(1))
+    for number in range(MANY):
+        store.providers.record_offer(f"0x{number}", name="p", now=NOW, **prices)
+    store.providers.record_offer("0x0", name="p", now=NOW + timedelta(days=1), **prices)
+    work = {"model": MODEL, "images": 1, "seconds": 1.0, "now": NOW}
+    store.providers.record_work("0x1", is_failure=False, **work)
+    store.providers.record_work("0x2", is_failure=True, **work)
+    store.providers.ban("0x3", until=None, reason="r", by_operator=True)
+
+    for days in (30, 30.5):
+        count = len(store.providers.list())
+        long_ago = NOW - timedelta(days=99)
+        store.retention.purge(images_before=long_ago, results_before=long_ago, now=NOW + timedelta(days=days))
+
+    assert count == MANY
+    assert {each.id for each in store.providers.list()} == {"0x0", "0x1", "0x2", "0x3"}
+    assert store.providers.scores().keys() == {"0x1", "0x2"}
 
 
 def count_steps(home: Path, work: Callable[[Store], object]) -> int:

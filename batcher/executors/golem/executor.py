@@ -327,6 +327,7 @@ class GolemExecutor:
             return
         self._refreshed_at = now
         try:
+            self._parts.provider_records.forget_old()
             await asyncio.to_thread(self._parts.provider_records.refresh)
             await self._parts.money.refresh()
         except MlgError as error:

@@ -14,6 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -21,6 +22,7 @@ from batcher.errors import BudgetReached
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import Price
 from batcher.executors.golem.timings import GolemTimings
+from store.amounts import ZERO
 from store.errors import StoreBusy
 from store.rentals.decisions import BillKind
 from store.rentals.ledger import AgreementRecord
@@ -124,6 +126,11 @@ class Money:
             changed_at=self.clock(),
         )
 
+    def commit_unused(self, agreement: AgreementRecord, price: Price) -> None:
+        """Record an agreement that gets no activity: only its start may be billed, and is committed."""
+        start = replace(price, cpu_second=ZERO, second=ZERO)
+        Reservation(self, secrets.token_hex(16), agreement.model, ZERO).commit(agreement, start, 0.0, is_unused=True)
+
     async def left(self) -> Decimal | None:
         """Return what may be spent today; None without a limit. :raises BudgetReached: nothing. :raises StoreError:"""
         used = await self._used()
@@ -221,22 +228,26 @@ class Reservation:
         #: The agreement and its price, once it is committed.
         self.agreement: AgreementRecord | None = None
         self.price: Price | None = None
+        #: True if the agreement gets no activity, so that only its start may be billed.
+        self.is_unused = False
         self._committing: asyncio.Future[None] | None = None
         self._committed_at = 0.0
 
     def seconds(self) -> float:
-        """Return how long ago it was committed.
+        """Return how long ago it was committed, 0 without an activity.
 
         By the clock that says more: the monotonic one stands still while the machine is suspended, and the other one
         may be set back.
         """
         assert self.agreement is not None, "it is not committed"
+        if self.is_unused:
+            return 0.0
         since = (self._money.clock() - self.agreement.created_at).total_seconds()
         return max(since, self._money.monotonic() - self._committed_at)
 
-    def commit(self, agreement: AgreementRecord, price: Price, seconds: float) -> None:
+    def commit(self, agreement: AgreementRecord, price: Price, seconds: float, *, is_unused: bool = False) -> None:
         """Record an agreement, and commit what it costs until some seconds after its start."""
-        self.agreement, self.price, self.covered_seconds = agreement, price, seconds
+        self.agreement, self.price, self.covered_seconds, self.is_unused = agreement, price, seconds, is_unused
         self._committed_at = self._money.monotonic()
         self._money.running[agreement.id] = self
         commitment = self._money.commitment(self.id, self._money.owner, agreement, price, seconds)

@@ -8,7 +8,8 @@ that the next one carries out; nobody judges the bill again.
 
 Bills are found by the daemon's events, which are kept and ordered; its lists of bills are neither ordered nor complete
 above the size of a page. Each bill is settled in a task of its own, which tries again until it succeeds, so that one
-that cannot be paid, for example because its provider is offline, delays no other.
+that cannot be paid, for example because its provider is offline, delays no other. A provider is told of one decision at
+a time, so that one that has sent very many bills and does not respond delays no other either.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -48,12 +50,14 @@ _EVENT_RESOLUTION = timedelta(milliseconds=1)
 _LATE_EVENTS = timedelta(minutes=5)
 #: Limit for a call that the daemon passes on to the provider.
 _PROVIDER_SECONDS = 60
-#: Bills that are settled at the same time.
+#: Bills that are looked up, and decisions of which providers are told, at the same time.
 _MAX_SETTLING = 16
 #: Why a debit note is refused that must be paid before the end; the invoice covers the whole amount.
 _NOT_AGREED = "It demands payment before the end of the agreement, which was not agreed."
 #: Why a bill is refused whose amount is negative, not a number, or has so many digits that sums would not be exact.
 _NO_AMOUNT = "Its amount cannot be added to others."
+#: Why a bill is not paid that the daemon says is over.
+_REJECTED_BEFORE, _WAS_CANCELLED = "It was rejected at the daemon.", "The provider cancelled it."
 #: Most decimal places of the amount of a bill. Products of two floats, written exactly, have some hundred.
 _MAX_PLACES = 150
 #: Statuses of bills at the daemon.
@@ -142,7 +146,9 @@ class PaymentProcessor:
         self._postponed: set[tuple[BillKind, str]] = set()
         #: All invoices that came before were seen; None before the first review.
         self._reviewed_at: datetime | None = None
-        self._slots = asyncio.Semaphore(_MAX_SETTLING)
+        self._slots, self._telling_slots = (asyncio.Semaphore(_MAX_SETTLING) for _ in range(2))
+        #: Provider -> held while it is told of a decision.
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def start(self) -> None:
         """Begin to poll for new bills, and to settle those that came before."""
@@ -257,8 +263,7 @@ class PaymentProcessor:
         try:
             for failures in itertools.count(1):
                 try:
-                    async with self._slots:
-                        is_done = await self._settle(calls, bill_id)
+                    is_done = await self._settle(calls, bill_id)
                     break
                 except Exception as error:
                     if failures == 1:
@@ -275,6 +280,25 @@ class PaymentProcessor:
         """Judge a bill, unless that was done before, and carry the decision out.
 
         :return: whether it needs no more attention; otherwise it is looked at again in the next review.
+        """
+        async with self._slots:
+            judged = await self._judge(calls, bill_id)
+        if isinstance(judged, bool):
+            return judged
+        decision, agreement, bill = judged
+        if decision is not None:
+            async with self._turns[agreement.record.provider_id], self._telling_slots:
+                await self._carry_out(calls, decision, agreement, bill)
+        await asyncio.to_thread(self._decisions.finish, bill_id, now=self._now())
+        if calls.kind is BillKind.INVOICE:
+            self._note_settled(bill.agreement_id)
+        return True
+
+    async def _judge(self, calls: _Calls, bill_id: str) -> bool | tuple[DecisionRecord | None, _BilledAgreement, Any]:
+        """Judge a bill, unless that was done before.
+
+        :return: the decision that is to be carried out, None if the daemon knows it, with the agreement and the bill;
+            or what `_settle` returns, because there is nothing to do now.
         """
         decision = await asyncio.to_thread(self._decisions.get, bill_id)
         if decision is not None and decision.finished_at is not None:
@@ -296,18 +320,20 @@ class PaymentProcessor:
         if status in _PAID:
             # By a batcher that was killed before it could record that, or by the operator.
             await asyncio.to_thread(self._decisions.record_accepted, self._describe(calls, bill))
-        elif status in _PAYABLE or status == _REJECTED:
+            return None, agreement, bill
+        if status in _PAYABLE or status == _REJECTED:
             decision = decision or await self._decide(calls, bill, agreement)
             if status == _REJECTED and not decision.is_refused:
                 log.warning("the %s %s was rejected at the daemon and is not paid", calls.title, bill_id)
-                return True
-            await self._carry_out(calls, decision, agreement, bill)
-        else:
-            return status == _CANCELLED
-        await asyncio.to_thread(self._decisions.finish, bill_id, now=self._now())
-        if calls.kind is BillKind.INVOICE:
-            self._note_settled(id)
-        return True
+                await asyncio.to_thread(self._decisions.withdraw, bill_id, reason=_REJECTED_BEFORE, now=self._now())
+                return None, agreement, bill
+            return decision, agreement, bill
+        if status == _CANCELLED:
+            if decision is None:
+                return True  # as if it had never come
+            await asyncio.to_thread(self._decisions.withdraw, bill_id, reason=_WAS_CANCELLED, now=self._now())
+            return None, agreement, bill
+        return False
 
     async def _find_agreement(self, agreement_id: str) -> _BilledAgreement | None:
         """Return the agreement of a bill; None if it is not ours to pay."""
@@ -339,7 +365,7 @@ class PaymentProcessor:
         max_amount = await asyncio.to_thread(self._max_amount, calls.kind, bill.agreement_id, agreement)
         made, refusal = self._describe(calls, bill), None
         if str(bill.status) == _REJECTED:
-            refusal = "It was rejected at the daemon."
+            refusal = _REJECTED_BEFORE
         elif made.amount > max_amount:
             refusal = f"It charges {made.amount:f} GLM, and at most {max_amount:f} GLM can be owed."
         elif made.amount != _amount(calls, bill):
@@ -375,14 +401,16 @@ class PaymentProcessor:
         assert known is not None, "it was recorded"
         seconds = min(self._now(), agreement.valid_to) - known.created_at
         if running is not None:
-            seconds = max(seconds, timedelta(seconds=running.seconds()))
+            own_seconds = timedelta(seconds=running.seconds())
+            seconds = own_seconds if running.is_unused else max(seconds, own_seconds)
         if kind is BillKind.INVOICE and known.ended_at is None:
             # An invoice means that the agreement has ended, even if its end was not observed here.
             now = known.created_at + seconds
             ledger.end_agreement(agreement_id, reason="The provider sent its invoice.", now=now)
             known = ledger.agreement(agreement_id) or known
         if known.ended_at is not None:
-            seconds = known.ended_at - known.created_at
+            # Nothing runs beyond the expiry, though that may have been noticed later.
+            seconds = min(known.ended_at, agreement.valid_to) - known.created_at
         return self._timings.bill_limit(agreement.price, seconds.total_seconds())
 
     async def _carry_out(self, calls: _Calls, decision: DecisionRecord, agreement: _BilledAgreement, bill: Any) -> None:

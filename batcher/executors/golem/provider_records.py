@@ -89,7 +89,7 @@ class ProviderRecords:
         banned = self._providers.banned(datetime.now(UTC))
         self._has_unbanned = self._has_unbanned or bool(self.banned.keys() - banned.keys())
         self.banned = banned
-        self.reliability = {each.id: each.score for each in self._providers.list()}
+        self.reliability = self._providers.scores()
 
     def record_offer(self, provider_id: str, properties: Mapping[str, Any]) -> None:
         """Record a provider's prices, unless they were recorded recently."""
@@ -110,6 +110,14 @@ class ProviderRecords:
             price_per_second=price.second,
             now=datetime.now(UTC),
         )
+
+    def forget_old(self) -> None:
+        """Forget offers that no longer matter: there may be any number of addresses, which cost nothing."""
+        now = self._now()
+        self._recent = {key: each for key, each in self._recent.items() if each[0] > now - _RECENT_SECONDS}
+        self._offers = {id: each for id, each in self._offers.items() if each[0] > now - _OFFER_SECONDS}
+        since = now - _UNSIGNED_BACKOFF.max_seconds
+        self._unsigned = {id: each for id, each in self._unsigned.items() if each[0] > since}
 
     def record_success(self, worker: GolemWorker, *, images: int, seconds: float) -> None:
         """Record that a provider answered a chunk. :param images: those that it has computed."""

@@ -14,7 +14,7 @@ import logging
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ class Recovery:
         except Exception as error:
             if getattr(error, "status", None) != 404:
                 raise
-            # Another daemon's. What its batcher committed to it counts until it is written off.
+            # Another daemon's, or deleted. What its batcher committed to it counts until it is written off.
             await asyncio.to_thread(self._end_unknown, id)
             return
         if not self._is_left_over((agreement.demand.properties or {}).get(OWNER)):
@@ -211,9 +211,19 @@ class Recovery:
         self._ledger.end_agreement(agreement.agreement_id, reason=GONE_REASON, now=now, owed=owed)
 
     def _end_unknown(self, id: str) -> None:
-        batchers = {each.agreement_id: each.batcher_id for each in self._parts.money.reservations.list(is_open=True)}
-        if id in batchers and self._is_gone(batchers[id]):
-            self._ledger.end_agreement(id, reason=GONE_REASON, now=datetime.now(UTC))
+        """End an agreement in the ledger that the daemon does not know, if nobody is left who uses it."""
+        agreement, now = self._ledger.agreement(id), datetime.now(UTC)
+        if agreement is None:
+            return
+        # One without a reservation was made by the batcher of its allocation.
+        batchers = {each.id: each.batcher_id for each in self._ledger.allocations()}
+        reservations = self._parts.money.reservations.list(is_open=True)
+        committed = {each.agreement_id: each.batcher_id for each in reservations}
+        batcher_id = committed.get(id, batchers.get(agreement.allocation_id))
+        # No agreement is made for longer than this.
+        expires_at = agreement.created_at + timedelta(seconds=self._parts.timings.max_agreement_seconds)
+        if now > expires_at or (batcher_id is not None and self._is_gone(batcher_id)):
+            self._ledger.end_agreement(id, reason=GONE_REASON, now=min(now, expires_at))
 
     async def _close(self, call: Awaitable[Any], what: str) -> bool:
         try:

@@ -293,7 +293,7 @@ class WorkerPool:
         hire = self._hire
         if hire is None or self._first_cost(price) > hire.amount:
             # An offer that came after the reservation was taken; `_check_commitment` ends the agreement.
-            self.parts.ledger_writer.enqueue(self.parts.ledger.record_agreement, record)
+            self.parts.money.commit_unused(record, price)
             return
         self._hire = None
         self._commitments[record.id] = hire

@@ -12,6 +12,7 @@ import pytest
 from provider_image.compiler import confined
 from provider_image.compiler.custom import CustomModel
 from provider_image.errors import CompilationFailed, ConfigError, ModelError, NotInstalled, UnsuitableModel
+from provider_image.system_calls import MIN_LANDLOCK, landlock_version
 from tests.custom_models import classifier, edit_keras_file, labels_file, save
 from tests.process_tree import is_alive
 from tests.provider_image.conftest import ROOT
@@ -25,6 +26,16 @@ def run(models: Path, function: str, **options: Any) -> None:
 def test_it_opens_no_socket_and_traces_no_process(tmp_path: Path) -> None:
     with pytest.raises(UnsuitableModel, match=r"^EPERM EPERM EPERM -1 EPERM$"):
         run(tmp_path, "open_sockets")
+
+
+@pytest.mark.skipif(landlock_version() < MIN_LANDLOCK, reason="the kernel cannot restrict files")
+def test_it_reads_what_its_arguments_name_and_writes_into_the_models_folder_only(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    for path in (given, tmp_path / "secret"):
+        path.write_text("file")
+
+    with pytest.raises(UnsuitableModel, match=r"^file EACCES EACCES ok ok$"):
+        confined.build("tests.confined_builders:use_files", tmp_path / "models", "pets", given)
 
 
 def test_it_cannot_take_more_memory_than_allowed(tmp_path: Path) -> None:

@@ -224,6 +224,23 @@ def test_a_provider_that_does_not_sign_is_skipped_longer_each_time_until_it_sign
     assert provider_records.rate_offer(MODEL, "0x1", offer()) > 0
 
 
+async def test_offers_of_addresses_that_are_gone_are_forgotten(store: Store) -> None:
+    now = Time()
+    records = make_records(store, monotonic=now)
+    for number in range(9):
+        records.record_offer(f"0x{number}", offer())
+        records.rate_offer(MODEL, f"0x{number}", offer())
+        records.record_not_signed(f"0x{number}")
+    records.forget_old()
+    kept = len(records._offers), len(records._recent), len(records._unsigned)
+    now.now += 7200
+
+    records.forget_old()
+
+    assert kept == (9, 9, 9)
+    assert not records._offers and not records._recent and not records._unsigned
+
+
 def test_without_price_limits_any_price_is_accepted(store: Store) -> None:
     provider_records = make_records(store, replace(SETTINGS, max_price_hour=None, max_price_start=None))
 

@@ -10,6 +10,7 @@ import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -28,6 +29,7 @@ from batcher.executors.golem.money import Money
 from batcher.executors.golem.offers import Price
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.payments import PaymentProcessor
+from batcher.executors.golem.recovery import Recovery
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timings import GolemTimings
 from batcher.executors.golem.yapapi_adapter import OWNER
@@ -37,6 +39,7 @@ from devnet.records import Agreement, Bill
 from devnet.timing import format_time, parse_time
 from store.amounts import total
 from store.rentals.decisions import BILLED_BEFORE, BillKind, DecisionRecord
+from store.rentals.ledger import AllocationRecord
 from store.settings import HomeSettings
 from store.store import Store
 from tests.contexts import make_context
@@ -74,6 +77,8 @@ class Daemon:
         self.calls: list[tuple[str, str]] = []
         #: (name of a call, bill or "") -> status, for each call until it is removed.
         self.failing: dict[tuple[str, str], int] = {}
+        #: Bills for which the daemon waits for the provider.
+        self.unanswered: set[str] = set()
         #: The next calls end in this way: "fail" before it is executed, "lose" after, "kill" and "kill-after" likewise.
         self.next_failures: list[str | None] = []
 
@@ -118,7 +123,7 @@ class Daemon:
         """Execute a call, with the failure that is due."""
         failure = self.next_failures.pop(0) if self.next_failures else None
         status = self.failing.get((name, id)) or self.failing.get((name, ""))
-        await asyncio.sleep(0)
+        await asyncio.sleep(3600 if id in self.unanswered and name.startswith(("accept", "reject")) else 0)
         if status is not None:
             raise DaemonError(status)
         if failure == "fail":
@@ -387,10 +392,14 @@ def test_a_batcher_that_knows_nothing_of_the_end_judges_by_the_first_look_and_ne
     play(body)
 
 
-def test_the_end_of_an_agreement_is_its_expiry_at_the_latest(play: Play) -> None:
+@pytest.mark.parametrize("is_end_recorded", [False, True])
+def test_the_end_of_an_agreement_is_its_expiry_at_the_latest(play: Play, is_end_recorded: bool) -> None:
     async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
-        agreement = await (await next_batcher()).hire()  # for an hour: at most 3.61 GLM, and 5 % more
+        batcher = await next_batcher()
+        agreement = await batcher.hire()  # for an hour: at most 3.61 GLM, and 5 % more
         daemon.now += timedelta(days=3)
+        if is_end_recorded:
+            await batcher.end(agreement)
         daemon.send_invoice(agreement, "4")
         await (await next_batcher()).settle()
 
@@ -422,6 +431,25 @@ def test_an_invoice_that_cannot_be_paid_delays_no_other(play: Play) -> None:
         assert 20 <= still_open <= 30
         assert missing == 0
         assert store.ledger.spent() == daemon.paid() == Decimal("0.6")
+
+    play(body)
+
+
+def test_a_provider_with_many_bills_that_does_not_respond_delays_no_other(play: Play) -> None:
+    async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
+        batcher = await next_batcher()
+        silent, other = await batcher.hire(), await batcher.hire()
+        await batcher.end(other)
+        daemon.now += timedelta(seconds=1)
+        daemon.unanswered.update([daemon.send_debit_note(silent, "0.001") for _ in range(20)])
+        notes = asyncio.create_task(batcher.settle())
+        await until(lambda: len(store.decisions.unfinished()) == 20)
+        daemon.send_invoice(other, "0.01")
+        settling = asyncio.create_task(batcher.processor._review())
+
+        await until(lambda: store.ledger.spent() == Decimal("0.01"))
+        for task in (notes, settling):
+            task.cancel()
 
     play(body)
 
@@ -541,6 +569,94 @@ def test_what_was_settled_at_the_daemon_before_is_a_fact(play: Play) -> None:
         assert daemon.service.invoices[second].status == "REJECTED"
         assert [(each.bill_id, each.finished_at) for each in store.decisions.refused()] == [(second, daemon.now)]
         assert store.reservations.list(is_open=True) == []
+
+    play(body)
+
+
+@pytest.mark.parametrize("status", ["CANCELLED", "REJECTED"])
+@pytest.mark.parametrize("kind", ["invoice", "debit_note"])
+def test_a_bill_that_is_over_before_it_could_be_paid_leaves_nothing_open(play: Play, kind: str, status: str) -> None:
+    async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
+        batcher = await next_batcher()
+        agreement = await batcher.hire()
+        daemon.now += timedelta(seconds=1)
+        daemon.failing[f"accept_{kind}", ""] = 500
+        if kind == "invoice":
+            await batcher.end(agreement)
+            bill = daemon.service.invoices[daemon.send_invoice(agreement, "0.01")]
+        else:
+            bill = daemon.service.debit_notes[daemon.send_debit_note(agreement, "0.01")]
+        settling = asyncio.create_task(batcher.settle())
+        await until(store.decisions.unfinished)
+        bill.status = status
+        await settling
+
+        assert store.decisions.unfinished() == []
+        (refused,) = store.decisions.refused()
+        assert (refused.bill_id, refused.finished_at) == (bill.bill_id, daemon.now)
+        assert store.ledger.spent() == daemon.paid() == 0
+        is_running = kind == "debit_note"
+        assert len(store.reservations.list(is_open=True)) == is_running
+        assert len(store.ledger.agreements(is_settled=False)) == is_running
+
+    play(body)
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+@pytest.mark.parametrize(("amount", "is_paid"), [("0.0105", True), ("0.0106", False)])
+def test_an_agreement_that_gets_no_activity_may_bill_its_start_only(
+    play: Play, is_ended: bool, amount: str, is_paid: bool
+) -> None:
+    async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
+        batcher = await next_batcher()
+        agreement = daemon.agree(f"{TAG}.{batcher.name}-1")
+        record, price = describe_agreement(daemon._agreement(agreement), allocation_id=batcher.allocation_id)
+        batcher.money.commit_unused(record, price)
+        await batcher.written()
+        reserved = [each.amount for each in store.reservations.list(is_open=True)]
+        daemon.now += timedelta(seconds=100)
+        if is_ended:
+            await batcher.end(agreement)
+        daemon.send_invoice(agreement, amount)
+        await batcher.settle()
+
+        assert reserved == [Decimal("0.0105")]
+        assert store.ledger.spent() == daemon.paid() == (Decimal(amount) if is_paid else 0)
+        assert store.reservations.list(is_open=True) == []
+
+    play(body)
+
+
+def test_agreements_that_the_daemon_does_not_know_end_when_nobody_is_left_who_uses_them(play: Play) -> None:
+    async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
+        gone, running = await next_batcher(), await next_batcher()
+        now = datetime.now(UTC).replace(microsecond=0)
+        for batcher in (gone, running):
+            store.ledger.record_allocation(
+                AllocationRecord(
+                    id=batcher.name,
+                    batcher_id=batcher.name,
+                    platform="p",
+                    address="0x",
+                    amount=Decimal(1),
+                    created_at=now,
+                )
+            )
+        long_ago = now - timedelta(seconds=TIMINGS.max_agreement_seconds + 1)
+        made = {"of the gone": (gone.name, now), "running": (running.name, now)}
+        made |= {"expired": ("unknown", long_ago), "recent": ("unknown", now)}
+        record, _ = describe_agreement(daemon._agreement(daemon.agree("?")), allocation_id="?")
+        for id, (allocation_id, created_at) in made.items():
+            store.ledger.record_agreement(replace(record, id=id, allocation_id=allocation_id, created_at=created_at))
+            daemon.failing["get_agreement", id] = 404
+        recovery = Recovery(running.parts, daemon.engine(), tag=TAG, is_gone=lambda name: name == gone.name)
+        for id in made:
+            await recovery._end_agreement(id)
+
+        assert {each.id for each in store.ledger.agreements(is_open=True)} == {"running", "recent"}
+        ended = store.ledger.agreement("expired")
+        assert ended is not None and ended.ended_at is not None
+        assert (ended.ended_at - long_ago).total_seconds() == TIMINGS.max_agreement_seconds
 
     play(body)
 
