@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.options import environment, file_option, home_option
-from provider_image.errors import CompilerMissing, MlgError, NotInstalled
+from provider_image.errors import CompilerMissing, ConfigError, MlgError, NotInstalled
+from provider_image.models.artefact import installed_digest
 from store.settings import HomeSettings
 
 if TYPE_CHECKING:
     from provider_image.compiler.custom import CustomModel
     from provider_image.compiler.keras_weights import WeightsSources
     from provider_image.models.artefact import Artefact
-    from provider_image.models.catalogue import ModelRow
+    from provider_image.models.catalogue import ModelFacts
 
 
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -47,7 +48,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     "--f16-within",
     type=click.FloatRange(0, 1),
     metavar="P",
-    help="Store weights as f16, half the size, if no probability differs by more than P. [default: 0.0001]",
+    help="Store weights as f16, half the size, if no result differs by more than P. [default: 0.0001]",
 )
 @click.argument("names", nargs=-1, required=True, metavar="MODEL|all...")
 @file_option(
@@ -75,7 +76,11 @@ def compile_models(
     """Install models. Builds their artefacts from their weights.
 
     Models of Keras need the extra [compile] (tensorflow), and each artefact is compared with Keras before it is
-    installed. efficientnet_lite0 needs neither an extra nor a download.
+    installed. efficientnet_lite0 needs neither an extra nor a download. `all` are all models of the catalogue, without
+    embeddings.
+
+    MODEL_embedding is the model without its last layer, which returns a vector. It is built from the installed model;
+    one of the catalogue that is not installed yet is compiled before.
 
     \b
     Example:
@@ -83,11 +88,13 @@ def compile_models(
       mlg models compile densenet121 resnet50
       mlg models compile all --weights ~/keras-weights
       mlg models compile my_pets --keras pets.keras --labels pets.txt
+      mlg models compile my_pets_embedding
     """
     variables = environment()
     settings = HomeSettings.from_env(variables)
     from provider_image.compiler.keras_weights import WeightsSources
-    from provider_image.models.catalogue import CATALOGUE, find_model
+    from provider_image.models.catalogue import CATALOGUE
+    from provider_image.models.registry import find_row
 
     models = (out or settings.models).absolute()
     custom_model = _custom_model(names, weights, **custom)
@@ -95,7 +102,9 @@ def compile_models(
         click.echo(_installed_message(_build_custom(custom_model, models, f16_within)))
         return
     is_all = [name.lower() for name in names] == ["all"]
-    rows = list(CATALOGUE.values()) if is_all else [find_model(name) for name in names]
+    rows: list[ModelFacts] = [row for row in CATALOGUE.values() if row.base is None]
+    if not is_all:
+        rows = [find_row(models, name) for name in names]
     if weights is not None and weights.is_file() and len(rows) > 1:
         raise click.UsageError("--weights FILE is for one model; for several give a folder.")
     sources = WeightsSources.from_env(variables, given=weights)
@@ -116,13 +125,33 @@ def compile_models(
         raise NotInstalled(f"{failures} of {len(rows)} models were not installed; see the lines above.")
 
 
-def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool, f16_within: float | None) -> Artefact:
+def _build(
+    row: ModelFacts, models: Path, sources: WeightsSources, *, again: bool, f16_within: float | None
+) -> Artefact:
+    from provider_image.compiler import build, can_build_now, confined
+    from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command
+    from provider_image.precision import TOLERANCE
+
+    within = TOLERANCE if f16_within is None else f16_within
+    if row.base is not None and not can_build_now(row):
+        classifier = CATALOGUE.get(row.base)
+        is_given = again or sources.given is not None
+        if classifier is not None and (is_given or installed_digest(models, classifier.name) is None):
+            click.echo(_installed_message(_build(classifier, models, sources, again=again, f16_within=f16_within)))
+        return confined.build(
+            "provider_image.compiler.embedding:build",
+            models,
+            row.name,
+            row.base,
+            f16_within=within,
+            on_step=_StepReporter(row.name).begin,
+        )
+    if not isinstance(row, ModelRow):
+        raise ConfigError(f"{row.name} is a custom model, which is built from its file: {install_command(row.name)}")
     steps = _StepReporter(row.name)
     try:
-        if row.source == "keras":
-            from provider_image.compiler import confined
+        if row.weights is not None:
             from provider_image.compiler.keras_weights import find_weights
-            from provider_image.precision import TOLERANCE
 
             steps.begin("looking for weights")
             weights = find_weights(row, sources, progress=steps.downloaded)
@@ -135,11 +164,9 @@ def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool,
                 row,
                 weights,
                 again=again,
-                f16_within=TOLERANCE if f16_within is None else f16_within,
+                f16_within=within,
                 on_step=steps.begin,
             )
-        from provider_image.compiler import build
-
         return build(models, row, again=again, f16_within=f16_within)
     finally:
         steps.end()
@@ -182,14 +209,15 @@ def _build_custom(custom: CustomModel, models: Path, f16_within: float | None) -
 
 def _installed_message(artefact: Artefact) -> str:
     storage, kept = artefact.storage, artefact.precision
-    assert storage is not None  # every builder measures it
-    other, change = ("f32", "without") if kept == "f16" else ("f16", "with")
-    other_bytes = storage.f32_bytes if kept == "f16" else storage.f16_bytes
-    return (
-        f"{artefact.name} is installed in {artefact.folder} (digest {artefact.digest[:12]}, "
-        f"{artefact.size_bytes / 1e6:.1f} MB as {kept}; {other_bytes / 1e6:.1f} MB as {other}, "
-        f"{change} f16 probabilities differ by up to {storage.largest_difference:.1g})"
-    )
+    facts = f"digest {artefact.digest[:12]}, {artefact.size_bytes / 1e6:.1f} MB as {kept}"
+    if artefact.dimensions:
+        facts = f"a vector of {artefact.dimensions} values, {facts}"
+    if storage is not None:  # None for the embedding of a model that has f16
+        other, change = ("f32", "without") if kept == "f16" else ("f16", "with")
+        other_bytes = storage.f32_bytes if kept == "f16" else storage.f16_bytes
+        facts += f"; {other_bytes / 1e6:.1f} MB as {other}, "
+        facts += f"{change} f16 results differ by up to {storage.largest_difference:.1g}"
+    return f"{artefact.name} is installed in {artefact.folder} ({facts})"
 
 
 class _StepReporter:

@@ -10,6 +10,7 @@ import click
 from cli.compile import compile_models
 from cli.options import environment, home_option, json_option
 from cli.tables import make_table, print_json_lines, print_table, width
+from provider_image.models.catalogue import EMBEDDING_SUFFIX
 from provider_image.precision import PRECISIONS
 from store.settings import HomeSettings
 
@@ -40,6 +41,9 @@ def models(context: click.Context, as_json: bool) -> None:
 def list_models(as_json: bool) -> None:
     """List all models. Shows whether each is installed, its size, and its speed if it was checked on this machine.
 
+    An embedding, MODEL_embedding, is listed below its model if it is installed or will be on first use; the JSON has
+    those of all models of the catalogue.
+
     \b
     Example:
       mlg models list --json
@@ -52,12 +56,14 @@ def list_models(as_json: bool) -> None:
         print_json_lines(rows)
         return
     has_titles = width() >= _MIN_WIDTH_WITH_TITLES
-    names = ("model", "title") if has_titles else ("model",)
+    first = ("model", "title") if has_titles else ("model",)
     columns = ("service", "input", "installed", "digest", "MB", "weights", "images/s")
-    table = make_table(*names, *columns, right=("MB", "images/s"))
-    for row in rows:
+    table = make_table(*first, *columns, right=("MB", "images/s"))
+    names_shown = {row["name"] for row in rows}
+    for row in _grouped(rows):
         titles = (row["title"],) if has_titles else ()
-        table.add_row(row["name"], *titles, row["service"], f"{row['height']} x {row['width']}", *_installed_cells(row))
+        name = f"  {EMBEDDING_SUFFIX}" if row["base"] in names_shown else row["name"]
+        table.add_row(name, *titles, row["service"], f"{row['height']} x {row['width']}", *_installed_cells(row))
     print_table(table)
     if any(row["installed"] and row["images_per_second"] is None for row in rows):
         click.echo("To measure images/s on this machine: mlg models check MODEL", err=True)
@@ -102,6 +108,13 @@ def check_models(as_json: bool, threads: int | None, precision: str, names: Sequ
     reports = (check_in_process(folder, settings.models, threads=threads, precision=precision) for folder in folders)
     if not print_reports(reports, as_json=as_json, write=click.echo):
         raise click.exceptions.Exit(1)
+
+
+def _grouped(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put each embedding below its model, and leave out those that are not there."""
+    numbers = {row["name"]: number for number, row in enumerate(rows)}
+    shown = [row for row in rows if row["base"] is None or row["installed"] or row["builds_on_first_use"]]
+    return sorted(shown, key=lambda row: (numbers.get(row["base"], numbers[row["name"]]), row["base"] is not None))
 
 
 def _installed_cells(row: dict[str, Any]) -> tuple[str, ...]:

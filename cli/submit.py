@@ -47,7 +47,7 @@ COLUMNS = ("file", "req_id", "status", "rank", "wnid", "label", "probability", "
 @click.option("--wait", is_flag=True, help="Wait for the results and print them.")
 @file_option("--out", "Wait for the results and write them to this .jsonl or .csv file.")
 @click.option("--url", metavar="URL", help="Address of the server. [MLG_URL; http://127.0.0.1:5000]")
-@click.option("--top", type=click.IntRange(1, 20), default=5, show_default=True, help="Number of labels per image.")
+@click.option("--top", type=click.IntRange(1, 20), help="Number of labels per image. [default: 5]")
 @click.option(
     "--retry-timeout",
     "--patience",
@@ -65,7 +65,7 @@ def submit(
     wait: bool,
     out: Path | None,
     url: str | None,
-    top: int,
+    top: int | None,
     retry_timeout_seconds: float,
 ) -> None:
     """Send images, or folders of images, to a server.
@@ -74,12 +74,14 @@ def submit(
     those that have failed, expired or been cancelled since.
 
     Each line on stdout is a file and its request id, separated by a tab; with --wait the status and the best label
-    follow. The exit status is 1 if any image failed.
+    follow, or the JSON of an answer that has no labels. A .jsonl file has the URLs of the answers' files, such as the
+    vectors of an embedding. The exit status is 1 if any image failed.
 
     \b
     Example:
       mlg submit --model efficientnet_lite0 --wait kitten.jpg
       mlg submit --model efficientnet_lite0 --out results.csv photos/
+      mlg submit --model efficientnet_lite0_embedding --out vectors.jsonl photos/
     """
     from mlg_client import Client, ClientError, Unreachable
 
@@ -200,7 +202,9 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
-def send_all(rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int) -> Iterator[Row]:
+def send_all(
+    rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int | None
+) -> Iterator[Row]:
     """Send the images that the server has not acknowledged yet, or that ended without a result; identical ones once.
 
     :return: each file when it was acknowledged, now or in an earlier run, or refused, in the order of the files.
@@ -231,7 +235,7 @@ def send_all(rows: Sequence[Row], client: Client, model: str, journal: SubmitJou
             yield row
 
 
-def wait_for_all(rows: Sequence[Row], client: Client, *, top: int) -> Iterator[Row]:
+def wait_for_all(rows: Sequence[Row], client: Client, *, top: int | None) -> Iterator[Row]:
     """Wait for the results of all acknowledged images; yields each file that has one.
 
     :raises ClientError: the server is unreachable.
@@ -355,10 +359,10 @@ def _send_batch(
 
 
 def _print_result(row: Row) -> None:
-    label, probability = (row.request.best if row.request else None) or ("", 0.0)
+    best, preds = (row.request.best, row.request.preds) if row.request else (None, None)
     id = row.request.id if row.request else ""
-    best = f"{label} {probability:.3f}" if label else ""
-    _print_line([os.fsencode(row.file), id.encode(), row.status.encode(), best.encode()])
+    text = f"{best[0]} {best[1]:.3f}" if best else "" if preds is None else json.dumps(preds)
+    _print_line([os.fsencode(row.file), id.encode(), row.status.encode(), text.encode()])
 
 
 def _print_line(fields: list[bytes]) -> None:
@@ -374,6 +378,7 @@ def _json_row(row: Row) -> dict[str, Any]:
         "req_id": row.request.id if row.request else None,
         "status": row.status,
         "preds": row.request.preds if row.request else None,
+        **({"files": answer["files"]} if answer.get("files") else {}),
         "reason": row.reason,
         "code": row.code,
         **{name: answer.get(name) for name in ("model", "cached", "digest", "provider", "seconds", "finished_at")},

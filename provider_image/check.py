@@ -30,6 +30,7 @@ from provider_image.models.speed import Speed, write_speed
 from provider_image.precision import TOLERANCE, TOLERANCE_BF16
 from provider_image.runtime import cpu_name, peak_memory_bytes, versions
 from provider_image.service import Output, Service, check_params, primary_input
+from provider_image.service import check_files as check_output_files
 from provider_image.services import load_service
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class ImageCheck:
 
     #: File name in the artefact's folder.
     file: str
-    #: Largest difference of a probability from the recorded result; None if there was nothing to compare.
+    #: Largest difference from the recorded result, see `Difference`; None if there was nothing to compare.
     difference: float | None = None
     #: What is wrong with it; None if it is ok.
     problem: str | None = None
@@ -78,7 +79,7 @@ class CheckReport:
     versions: Mapping[str, str] = field(default_factory=dict)
     #: Seconds to load the model in a new process, including the check of its files and the start of OpenVINO.
     load_seconds: float | None = None
-    #: Largest allowed difference of a probability; in f32 the top five labels must have the same order as well.
+    #: Largest allowed difference of a result; in f32 the top five labels must have the same order as well.
     tolerance: float | None = None
     #: The self-test images in the artefact's order. Named as in the JSON, which must not change.
     pictures: tuple[ImageCheck, ...] = ()
@@ -186,7 +187,7 @@ def check_model(
             size_bytes=artefact.size_bytes,
             storage=artefact.precision,
             reference=artefact.reference,
-            tolerance=_tolerance(artefact, precision),
+            tolerance=tolerance(artefact, precision),
             warning=None if artefact.format >= DIGEST_COVERS_FILES else _renewal_hint(artefact),
         )
         if installed_as not in (None, artefact.name):
@@ -196,14 +197,14 @@ def check_model(
                 f"It has no self-test images, so its results cannot be checked. {_repair_hint(artefact)}"
             )
         check_files(artefact)
-        inputs, images = _read_images(artefact)
+        inputs, expected, images = _read_samples(artefact)
         report = replace(report, pictures=images)
         _raise_if_wrong(artefact, images)
         service = load_service(artefact.service)
         started = time.perf_counter()
         net = service.load(artefact, device)
         report = replace(report, load_seconds=time.perf_counter() - started)
-        benchmark = _Benchmark(service=service, artefact=artefact, net=net, inputs=inputs)
+        benchmark = _Benchmark(service=service, artefact=artefact, net=net, inputs=inputs, expected=expected)
         images = tuple(benchmark.compare(number, precision) for number in range(len(inputs)))
         report = replace(report, pictures=images, versions=versions())
         _raise_if_wrong(artefact, images)
@@ -285,8 +286,8 @@ def record_speed(report: CheckReport, models: Path) -> bool:
     return write_speed(models, report.name, speed)
 
 
-def _tolerance(artefact: Artefact, precision: str) -> float:
-    """Return the largest allowed difference of a probability. Results are recorded before weights are stored as f16."""
+def tolerance(artefact: Artefact, precision: str) -> float:
+    """Return the largest allowed difference of a result. Results are recorded before weights are stored as f16."""
     if precision != "f32":
         return TOLERANCE_BF16
     if artefact.precision != "f16" or artefact.storage is None:
@@ -294,19 +295,29 @@ def _tolerance(artefact: Artefact, precision: str) -> float:
     return min(TOLERANCE + artefact.storage.largest_difference, TOLERANCE_BF16)
 
 
-def _read_images(artefact: Artefact) -> tuple[list[bytes], tuple[ImageCheck, ...]]:
-    inputs, images = [], []
+def _read_samples(artefact: Artefact) -> tuple[list[bytes], list[Output], tuple[ImageCheck, ...]]:
+    """Read the inputs of the self-test, and what is recorded for them."""
+    inputs, expected, images = [], [], []
     for sample in artefact.samples:
-        problem = None
-        try:
-            data = (artefact.folder / sample.file).read_bytes()
-        except OSError as error:
-            data, problem = b"", f"cannot be read ({error.strerror})"
-        if problem is None and hashlib.sha256(data).hexdigest() != sample.sha256:
-            problem = "the file has changed since the model was built"
+        data, problem = _read_sample_file(artefact, sample.file, sample.sha256)
+        files = {}
+        for name, (file, sha256) in sample.files.items():
+            files[name], other_problem = _read_sample_file(artefact, file, sha256)
+            problem = problem or (other_problem and f"{file} {other_problem}")
         inputs.append(data)
+        expected.append(Output(data=sample.output, files=files))
         images.append(ImageCheck(file=sample.file, problem=problem))
-    return inputs, tuple(images)
+    return inputs, expected, tuple(images)
+
+
+def _read_sample_file(artefact: Artefact, file: str, sha256: str) -> tuple[bytes, str | None]:
+    """Read a file of the self-test. :return: its content, and why it cannot be used."""
+    try:
+        data = (artefact.folder / file).read_bytes()
+    except OSError as error:
+        return b"", f"cannot be read ({error.strerror})"
+    has_changed = hashlib.sha256(data).hexdigest() != sha256
+    return data, "has changed since the model was built" if has_changed else None
 
 
 def _raise_if_wrong(artefact: Artefact, images: Sequence[ImageCheck]) -> None:
@@ -342,6 +353,8 @@ class _Benchmark:
     artefact: Artefact
     net: Net
     inputs: Sequence[bytes]
+    #: What is recorded for each.
+    expected: Sequence[Output]
 
     def params(self) -> Mapping[str, Any]:
         """Return the default parameters."""
@@ -362,10 +375,11 @@ class _Benchmark:
 
     def compare(self, number: int, precision: str) -> ImageCheck:
         """Run one image and compare the result with the recorded one."""
-        sample, tolerance = self.artefact.samples[number], _tolerance(self.artefact, precision)
-        expected = Output(data=sample.output)
+        sample, expected = self.artefact.samples[number], self.expected[number]
+        allowed = tolerance(self.artefact, precision)
         try:
-            if not self.service.outputs:
+            if expected.files or not self.service.outputs:
+                check_output_files(self.service.outputs, expected.files)
                 self.service.check_output(self.artefact, self.params(), expected)
         except MlgError as error:
             return ImageCheck(file=sample.file, problem=f"the recorded result is invalid: {error.reason}")
@@ -373,10 +387,10 @@ class _Benchmark:
             output = self.run_item(number)
         except MlgError as error:
             return ImageCheck(file=sample.file, problem=error.reason)
-        found = self.service.compare(expected, output, tolerance)
+        found = self.service.compare(expected, output, allowed)
         problem = None
-        if not found.largest <= tolerance:  # also true for nan
-            problem = f"a probability differs by {found.largest:.2g}, allowed is {tolerance:.2g}"
+        if not found.largest <= allowed:  # also true for nan
+            problem = f"the result differs by {found.largest:.2g} from the recorded one, allowed is {allowed:.2g}"
         elif precision == "f32" and not found.is_same_order:
             problem = "the top five labels are in another order"
         return ImageCheck(file=sample.file, difference=found.largest, problem=problem)

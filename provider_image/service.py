@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from provider_image.errors import BadInput, InvalidParams, MalformedResults
 from provider_image.images.headers import MEDIA_TYPES, read_header
+from provider_image.schemas import MAX_BYTES
 
 if TYPE_CHECKING:
     from provider_image.backends import Device, Net
@@ -43,6 +44,15 @@ class Input:
     max_bytes: int
     #: True if a request may leave it out.
     is_optional: bool = False
+
+
+#: The input of services that take one image.
+IMAGE_INPUT = Input(
+    kind="image",
+    help="The image: JPEG, PNG, WebP, GIF, BMP or TIFF.",
+    media_types=("image/*",),
+    max_bytes=MAX_BYTES,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +134,7 @@ def check_params(params: tuple[Param, ...], raw: Mapping[str, Any]) -> dict[str,
 class Difference:
     """How much an output differs from the expected one."""
 
-    #: Largest difference of a number.
+    #: Largest difference of a number; of two vectors, the length of their difference.
     largest: float
     #: True if the entries that a client sees first have the same order, except for those that are closer together than
     #: the tolerance.
@@ -180,7 +190,10 @@ class Service(Protocol):
         """
 
     def compare(self, expected: Output, output: Output, tolerance: float) -> Difference:
-        """Compare two outputs for the same item that both passed `check_output`; one of a self-test has no files."""
+        """Compare two outputs for the same item that both passed `check_output`.
+
+        :param expected: that of a self-test may lack files that were not recorded.
+        """
 
     def view(self, output: Any, params: Mapping[str, Any]) -> Any:
         """Return the part of a stored output's JSON that a client sees."""

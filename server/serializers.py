@@ -103,7 +103,8 @@ def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
         **fields(row, "name title service"),
         # Installed with other weights than the published ones, a model of the catalogue is a custom one too.
         "source": row.source if artefact is None else artefact.source,
-        **fields(row, "height width"),
+        **fields(row, "height width base"),
+        "dimensions": row.dimensions or None,
         "installed": artefact is not None,
         "builds_on_first_use": artefact is None and can_build_now(row),
         "digest": None if artefact is None else artefact.digest,

@@ -98,6 +98,17 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def embedding_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with efficientnet_lite0 and its embedding. Shared, so a test must not change it."""
+    from provider_image.compiler import ensure_installed
+
+    folder = tmp_path_factory.mktemp("embedding-models")
+    (folder / "efficientnet_lite0").symlink_to(models_folder / "efficientnet_lite0")
+    ensure_installed(folder, "efficientnet_lite0_embedding")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def registered_extensions() -> Iterator[Path]:
     """The services and the backend of `tests/extension`, in this process; returns the folder for PYTHONPATH."""

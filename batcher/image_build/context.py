@@ -54,7 +54,7 @@ def find_intact_artefact(models: Path, name: str) -> Artefact:
     if artefact.name != name:
         raise BrokenArtefact(f"{models / name} contains the model {artefact.name[:64]!r}. Rename the folder to that.")
     check_files(artefact)
-    absent = [sample.file for sample in artefact.samples if not (artefact.folder / sample.file).is_file()]
+    absent = [name for name in artefact.file_names if not (artefact.folder / name).is_file()]
     if absent:
         raise BrokenArtefact(f"{artefact.folder / absent[0]} is missing. For the remedy run: mlg models check {name}")
     return artefact
@@ -83,7 +83,7 @@ def make_context(context: Path, *, weights: Path | None, artefacts: Iterable[Art
         for artefact in artefacts:
             target = context / "models" / artefact.name
             target.mkdir(parents=True)
-            for name in ("model.json", *artefact.files, *(sample.file for sample in artefact.samples)):
+            for name in ("model.json", *artefact.file_names):
                 _link_or_copy(artefact.folder / name, target / name)
     except OSError as error:
         raise ContainerImageError(f"The build context cannot be created: {error}") from error

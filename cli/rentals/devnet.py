@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from devnet.scenario import Scenario
 
 DEFAULT_PROVIDERS = 3
-STARTER_MODEL = "efficientnet_lite0"
+STARTER_MODELS = ("efficientnet_lite0", "efficientnet_lite0_embedding")
 
 
 @click.command()
@@ -70,7 +70,8 @@ def devnet(
     from provider_image.compiler import ensure_installed
 
     # So that the image is of use in a new home too; a batcher would install it with the first request.
-    ensure_installed(home / "models", STARTER_MODEL)
+    for name in STARTER_MODELS:
+        ensure_installed(home / "models", name)
     import asyncio
 
     asyncio.run(_run(plan, home=home, port=port or 0, **files))

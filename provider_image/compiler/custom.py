@@ -23,7 +23,7 @@ from provider_image.compiler.verification import verify_and_install
 from provider_image.errors import ConfigError, UnsuitableModel
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import Artefact, is_model_name
-from provider_image.models.catalogue import ModelFacts, look_up
+from provider_image.models.catalogue import EMBEDDING_SUFFIX, ModelFacts, look_up
 from provider_image.models.registry import find_custom_name
 from provider_image.precision import TOLERANCE
 
@@ -144,6 +144,11 @@ def _check_name(models: Path, custom: CustomModel) -> None:
         raise ConfigError(
             f"{custom.name[:80]!r} is not a valid name. Use at most 64 lower-case letters, digits and `_`, and begin "
             "with a letter or digit."
+        )
+    if custom.name.endswith(EMBEDDING_SUFFIX):
+        raise ConfigError(
+            f"The name {custom.name} is that of an embedding, which is built from an installed classifier. Choose "
+            "another name."
         )
     known = look_up(custom.name)
     existing = known.name if known else find_custom_name(models, custom.name)

@@ -70,8 +70,7 @@ def install(artefact: Artefact, folder: Path, models: Path, files: Sequence[str]
     del document["folder"]
     (folder / "model.json").write_text(json.dumps(document, indent=1) + "\n")
     folder.chmod(0o755)  # mkdtemp makes it private
-    file_names = (*files, *(sample.file for sample in artefact.samples), "model.json")
-    for path in (*(folder / file for file in file_names), folder):
+    for path in (*(folder / file for file in (*artefact.file_names, "model.json")), folder):
         _fsync(path)
     target = models / artefact.name
     # If this process is killed from here on, the next builder removes the old folder.

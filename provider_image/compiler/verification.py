@@ -9,20 +9,20 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.backends.openvino import GRAPH_FILES, OpenvinoNet, compile_graph, import_openvino
 from provider_image.compiler.installing import install
 from provider_image.compiler.self_test import self_test_images
-from provider_image.errors import CompilationFailed
+from provider_image.errors import CompilationFailed, InferenceFailed
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import Artefact, Sample, Storage
 from provider_image.precision import TOLERANCE
-from provider_image.service import Difference, Output
-from provider_image.services.classification import Classification, top_labels
+from provider_image.service import Difference, Output, Service, check_params
+from provider_image.services import load_service
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,18 +39,21 @@ def verify_and_install(
     models: Path,
     draft: Artefact,
     *,
+    images: Mapping[str, bytes] | None = None,
     reference: Callable[[Arrays], Arrays] | None = None,
     f16_within: float = TOLERANCE,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Artefact:
     """Verify, store and install a graph.
 
-    :param graph: OpenVINO's Model: uint8 RGB (1, height, width, 3) in, probabilities (1, labels) out.
+    :param graph: OpenVINO's Model: uint8 RGB (1, height, width, 3) in, what the service takes of a net (1, n) out, for
+        example probabilities.
     :param folder: the folder from `installing.build_folder`.
-    :param draft: what is known of the artefact without the graph.
-    :param reference: returns the right probabilities for decoded images, uint8 (height, width, 3); None takes those of
-        the graph itself in f32, if there is nothing else to compare with.
-    :param f16_within: weights are stored as f16 if no probability differs by more than this from the reference's.
+    :param draft: what is known of the artefact without the graph. If its weights are f16 already, they remain so.
+    :param images: the images of the self-test, by file name; None takes those of `self_test.py`.
+    :param reference: returns the right results for decoded images, uint8 (height, width, 3); None takes those of the
+        graph itself in f32, if there is nothing else to compare with.
+    :param f16_within: weights are stored as f16 if no result differs by more than this from the reference's.
     :param on_step: called with the name of each step.
     :raises CompilationFailed: the graph differs from the reference.
     """
@@ -58,26 +61,39 @@ def verify_and_install(
     openvino = import_openvino()
     _rename(graph, draft.name)
     openvino.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
-    files = self_test_images()
+    files = self_test_images() if images is None else images
     arrays = [decode(data, draft.height, draft.width, draft.crop) for data in files.values()]
     actual = _run(draft, folder, arrays)
-    expected = actual if reference is None else reference(arrays)
-    outputs = [top_labels(draft.labels, each) for each in expected]
-    difference = _compare(outputs, expected, actual, draft)
+    expected = _Expected.from_results(draft, actual if reference is None else reference(arrays))
+    difference = expected.compare(actual)
     if not difference.largest <= TOLERANCE or not difference.is_same_order:
         raise CompilationFailed(
-            f"The compiled graph of {draft.name} gives other results than {draft.reference}: "
-            "probabilities differ by up "
-            f"to {difference.largest:.2g}. It was not installed. Please report this with both versions."
+            f"The compiled graph of {draft.name} gives other results than {draft.reference}: they differ by up to "
+            f"{difference.largest:.2g}. It was not installed. Please report this with both versions."
         )
     on_step("storing")
-    precision, storage = _choose_storage(openvino, graph, folder, arrays, outputs, expected, draft, f16_within)
+    precision, storage = draft.precision, None
+    if precision != "f16":
+        precision, storage = _choose_storage(openvino, graph, folder, arrays, expected, f16_within)
     samples = []
-    for (file, data), output in zip(files.items(), outputs, strict=True):
-        (folder / file).write_bytes(data)
-        samples.append(Sample(file=file, sha256=hashlib.sha256(data).hexdigest(), output=output))
+    for (file, data), output in zip(files.items(), expected.outputs, strict=True):
+        results = {name: (f"{Path(file).stem}-{name}.bin", each) for name, each in output.files.items()}
+        for name, contents in ((file, data), *results.values()):
+            (folder / name).write_bytes(contents)
+        samples.append(
+            Sample(
+                file=file,
+                sha256=_sha256(data),
+                output=output.data,
+                files={name: (stored, _sha256(contents)) for name, (stored, contents) in results.items()},
+            )
+        )
     artefact = replace(draft, precision=precision, storage=storage, samples=tuple(samples))
     return install(artefact, folder, models, GRAPH_FILES)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _rename(graph: Any, name: str) -> None:
@@ -97,22 +113,14 @@ def _run(draft: Artefact, folder: Path, arrays: Arrays) -> Arrays:
 
 
 def _choose_storage(
-    openvino: Any,
-    graph: Any,
-    folder: Path,
-    arrays: Arrays,
-    outputs: list[Any],
-    expected: Arrays,
-    draft: Artefact,
-    f16_within: float,
+    openvino: Any, graph: Any, folder: Path, arrays: Arrays, expected: _Expected, f16_within: float
 ) -> tuple[str, Storage]:
     """Store the weights as f16 as well, compare the results, and keep the f16 or the f32 files; return which."""
     f16_folder = folder / "f16"
     f16_folder.mkdir()
     openvino.save_model(graph, str(f16_folder / "model.xml"), compress_to_fp16=True)
-    actual = _run(draft, f16_folder, arrays)
-    difference = _compare(outputs, expected, actual, draft)
-    allowed = _compare(outputs, expected, actual, draft, f16_within)
+    actual = _run(expected.draft, f16_folder, arrays)
+    difference, allowed = expected.compare(actual), expected.compare(actual, f16_within)
     f32_bytes, f16_bytes = (
         sum((parent / file).stat().st_size for file in GRAPH_FILES) for parent in (folder, f16_folder)
     )
@@ -130,18 +138,56 @@ def _choose_storage(
     )
 
 
-def _compare(
-    outputs: list[Any], expected: Arrays, actual: Arrays, draft: Artefact, tolerance: float = TOLERANCE
-) -> Difference:
-    """Compare all probabilities and the order of the top labels. Non-finite numbers give the largest difference."""
-    import numpy as np
+@dataclass(frozen=True, kw_only=True)
+class _Expected:
+    """The right results for the images of the self-test."""
 
-    largest = max(float(np.abs(a - b).max()) for a, b in zip(expected, actual, strict=True))
-    if not math.isfinite(largest):
-        return Difference(largest=1.0, is_same_order=False)
-    pairs = zip(outputs, actual, strict=True)
-    same = [
-        Classification().compare(Output(data=output), Output(data=top_labels(draft.labels, each)), tolerance)
-        for output, each in pairs
-    ]
-    return Difference(largest=largest, is_same_order=all(each.is_same_order for each in same))
+    draft: Artefact
+    #: As the reference computed them.
+    results: Arrays
+    #: As the service returns them.
+    outputs: Sequence[Output]
+
+    @classmethod
+    def from_results(cls, draft: Artefact, results: Arrays) -> _Expected:
+        """Make the outputs of results. :raises CompilationFailed: the service cannot use them."""
+        try:
+            return cls(draft=draft, results=results, outputs=_outputs(draft, results))
+        except InferenceFailed as error:
+            raise CompilationFailed(f"{error.reason} It was not installed.") from error
+
+    def compare(self, actual: Arrays, tolerance: float = TOLERANCE) -> Difference:
+        """Compare all numbers, and the outputs. Numbers that are not finite give the largest difference."""
+        import numpy as np
+
+        largest = max(float(np.abs(a - b).max()) for a, b in zip(self.results, actual, strict=True))
+        if not math.isfinite(largest):
+            return Difference(largest=1.0, is_same_order=False)
+        service = load_service(self.draft.service)
+        try:
+            pairs = zip(self.outputs, _outputs(self.draft, actual), strict=True)
+            found = [service.compare(one, other, tolerance) for one, other in pairs]
+        except InferenceFailed:
+            return Difference(largest=1.0, is_same_order=False)
+        return Difference(
+            largest=max(largest, *(each.largest for each in found)),
+            is_same_order=all(each.is_same_order for each in found),
+        )
+
+
+@dataclass(kw_only=True)
+class _RecordedNet:
+    """A net that returns what it is given: it has the service make outputs of results that are there already."""
+
+    artefact: Artefact
+    batch_items: int
+
+    def infer(self, batch: Arrays) -> Arrays:
+        return batch
+
+
+def _outputs(draft: Artefact, results: Arrays) -> Sequence[Output]:
+    """Return the service's outputs for a net's results. :raises InferenceFailed: it cannot use them."""
+    service: Service = load_service(draft.service)
+    net = _RecordedNet(artefact=draft, batch_items=len(results))
+    return service.run(net, results, [check_params(service.params, {})] * len(results))

@@ -62,6 +62,8 @@ class Sample:
     sha256: str
     #: The JSON of the service's output for default parameters.
     output: Any
+    #: Name of each file of that output -> (the file in the artefact's folder, its digest).
+    files: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +73,9 @@ class Storage:
     #: Size of the graph's files with either.
     f32_bytes: int
     f16_bytes: int
-    #: Largest difference of a probability that f16 makes on the self-test images.
+    #: Largest difference of a result, such as a probability, that f16 makes on the self-test images.
     largest_difference: float
-    #: True if the top five labels of each image have the same order with f16.
+    #: True if the top five labels of each image have the same order with f16; also if there are no labels.
     is_same_top_five: bool
 
 
@@ -115,6 +117,12 @@ class Artefact(ModelFacts):
         """Return the size of the backend's files."""
         return sum(size for size, _ in self.files.values())
 
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Return the names of all files in its folder beside model.json."""
+        expected = (file for sample in self.samples for file, _ in sample.files.values())
+        return (*self.files, *(sample.file for sample in self.samples), *expected)
+
 
 def compute_digest(artefact: Artefact) -> str:
     """Compute an artefact's digest from everything that can change an answer.
@@ -131,6 +139,8 @@ def compute_digest(artefact: Artefact) -> str:
     if artefact.format >= DIGEST_COVERS_FILES:
         names += ["recipe", "columns", "backend", "precision", "preprocessing_version"]
         facts = {"format": 4, "files": {file: sha256 for file, (_, sha256) in artefact.files.items()}}
+    if artefact.dimensions:  # models that return no vector keep their digest
+        names.append("dimensions")
     facts |= {name: getattr(artefact, name) for name in names}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -159,7 +169,7 @@ def read_artefact(folder: Path) -> Artefact:
         texts = [each for each in vars(artefact).values() if isinstance(each, str)]
         if not all(map(str.isprintable, (*texts, *itertools.chain(*artefact.labels)))):
             raise ValueError("a text has control characters, which a terminal would obey")
-        for file in (*artefact.files, *(sample.file for sample in artefact.samples)):
+        for file in artefact.file_names:
             # A model.json may come from elsewhere, and names in it must not lead out of its folder.
             if not _FILE.fullmatch(file):
                 raise ValueError(f"{file!r} is not a plain file name")
@@ -187,16 +197,22 @@ def _from_format_2(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
     """Build the record of a model.json. :raises ValueError, KeyError, TypeError, AttributeError: it is invalid."""
+    facts = {"dimensions": 0, **facts}  # some artefacts of format 4 have none
     return Artefact(
         **plain_fields(Artefact, facts),
         crop=None if facts["crop"] is None else float(facts["crop"]),
         columns=tuple(map(str, facts["columns"])),
         labels=tuple((str(wnid), str(name)) for wnid, name in facts["labels"]),
         storage=facts["storage"] and Storage(**plain_fields(Storage, facts["storage"])),
-        samples=tuple(Sample(**plain_fields(Sample, each), output=each["output"]) for each in facts["samples"]),
+        samples=tuple(map(_parse_sample, facts["samples"])),
         files={file: (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},
         folder=folder,
     )
+
+
+def _parse_sample(facts: Mapping[str, Any]) -> Sample:
+    files = {name: (str(file), str(sha256)) for name, (file, sha256) in facts.get("files", {}).items()}
+    return Sample(**plain_fields(Sample, facts), output=facts["output"], files=files)
 
 
 def plain_fields(kind: type, facts: Mapping[str, Any]) -> dict[str, Any]:

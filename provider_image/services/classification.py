@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import InferenceFailed, MalformedResults
 from provider_image.images.resizing import load_image
-from provider_image.schemas import MAX_BYTES
-from provider_image.service import Difference, Input, Output, OutputFile, Param
+from provider_image.service import IMAGE_INPUT, Difference, Input, Output, OutputFile, Param
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,14 +31,7 @@ class Classification:
     name = "classification"
     title = "Classification"
     help = "Classifies an image: labels of the model's classes with their probabilities, most probable first."
-    inputs: Mapping[str, Input] = {
-        "image": Input(
-            kind="image",
-            help="The image: JPEG, PNG, WebP, GIF, BMP or TIFF.",
-            media_types=("image/*",),
-            max_bytes=MAX_BYTES,
-        )
-    }
+    inputs: Mapping[str, Input] = {"image": IMAGE_INPUT}
     params = (
         Param(
             name="top",

@@ -18,7 +18,7 @@ from typing import Any
 import flask
 
 from provider_image import errors
-from provider_image.models.catalogue import CATALOGUE
+from provider_image.models.catalogue import CATALOGUE, EMBEDDING_SUFFIX
 from server.api.schemas import ref, schemas
 from server.endpoint import PAGES, Field, Operation, get_operation
 from server.errors import HTTP_STATUS, http_status
@@ -192,7 +192,9 @@ def _parameters(call: Call) -> Iterator[dict[str, Any]]:
 def _parameter(field: Field, location: str) -> dict[str, Any]:
     schema = {"type": "string", **field.schema}
     if field.name == "model" and location == "path":
-        schema["examples"] = [EXAMPLE_MODEL, *(name for name in CATALOGUE if name != EXAMPLE_MODEL)]
+        # Not those of embeddings, which are the same with an ending.
+        classifiers = (row.name for row in CATALOGUE.values() if row.base is None and row.name != EXAMPLE_MODEL)
+        schema["examples"] = [EXAMPLE_MODEL, f"{EXAMPLE_MODEL}{EMBEDDING_SUFFIX}", *classifiers]
     if location == "path":
         schema.setdefault("minLength", 1)
         schema.setdefault("pattern", "^[^/]+$")

@@ -7,6 +7,7 @@ is found.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -208,6 +209,8 @@ _CATALOGUE_MODEL = object_schema(
     source=string("The source of its weights."),
     height=integer("Pixels of the input."),
     width=integer("Pixels of the input."),
+    base=nullable(string("The classifier that it is without its last layer, if it is an embedding.")),
+    dimensions=nullable(integer("Number of values of the vector that it returns.")),
     installed=boolean("Whether it is installed."),
     builds_on_first_use=boolean("Whether the first request installs it."),
     digest=nullable(string("Digest of the installed artefact.")),
@@ -258,7 +261,7 @@ def schemas() -> Mapping[str, Schema]:
 
 def _output(service_name: str) -> Schema:
     service = load_service(service_name)
-    example = [list(row) if isinstance(row, tuple) else row for row in service.example]
+    example = json.loads(json.dumps(service.example))  # its tuples as lists
     return {**service.output_schema, "description": service.help, "examples": [example]}
 
 

@@ -34,10 +34,14 @@ class HomeViews(Views):
             (model for model in models if model["installed"] or model["builds_on_first_use"]),
             key=lambda model: not model["installed"],
         )
+        missing = [model for model in models if model not in ready]
+        ready.sort(key=lambda model: model["base"] is not None)  # embeddings last
         return page(
             "home.html",
-            ready=ready,
-            missing=[model for model in models if model not in ready],
+            ready=[model for model in ready if model["base"] is None],
+            embeddings=[model for model in ready if model["base"] is not None],
+            missing=[model for model in missing if model["base"] is None],
+            missing_embeddings=[model["name"] for model in missing if model["base"] is not None],
             chosen=ready[0]["name"] if ready else "",
             batchers=self._context.queue_stats.batchers(),
             max_bytes=self._context.settings.max_image_bytes,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams, MlgError
+from provider_image.services.embedding import VECTOR, Embedding, read_vector
 from server.api.query import parse_cursor
 from server.auth.guard import visible_key_id
 from server.context import Views
@@ -18,10 +20,13 @@ from server.pages.cards import STATE_LABELS, timeline, top_classes
 from server.pages.render import page, url_with_query
 from server.serializers import serialize_models
 from store.clients.keys import Scope
+from store.errors import ImageGone
 from store.requests import RequestRecord
 from store.search import Query
 
 CARDS_PER_PAGE = 24
+#: Values of a vector that the page of a request shows.
+SHOWN_VALUES = 8
 #: Reads of the store for one page of a search; each read may find fewer requests than fit on the page.
 MAX_SEARCH_READS = 4
 
@@ -50,9 +55,7 @@ class RequestPageViews(Views):
             state=fields["state"],
             model=fields["model"],
             states=STATE_LABELS.items(),
-            models=sorted(
-                {model["name"] for model in serialize_models(self._context.settings.models)} | {fields["model"]} - {""}
-            ),
+            models=self._model_groups(fields["model"]),
             is_filtered=bool(filters),
             is_later=bool(fields["before"]),
             live=[] if fields["before"] else [request.id for request in shown if not request.state.is_final],
@@ -79,6 +82,21 @@ class RequestPageViews(Views):
     def delete_form(self, id: str) -> Response:
         """Delete a finished request and its image, and redirect to the list."""
         return self._apply(id, lambda: self._store.requests.remove(id), "/ui/requests")
+
+    def _model_groups(self, chosen: str) -> Mapping[str, Sequence[str]]:
+        """Return the names of models to filter by, in groups. :param chosen: the present filter, which is one of them.
+
+        Embeddings that are not installed have answered nothing, or at least nothing lately.
+        """
+        models = serialize_models(self._context.settings.models)
+        embeddings = {
+            model["name"]
+            for model in models
+            if model["base"] is not None
+            and (model["installed"] or model["builds_on_first_use"] or model["name"] == chosen)
+        }
+        others = {model["name"] for model in models if model["base"] is None} | {chosen} - {""}
+        return {"Models": sorted(others - embeddings), "Embeddings": sorted(embeddings)}
 
     def _find(self, query: Query, before: int | None) -> tuple[Sequence[RequestRecord], int | None]:
         """Find the requests of one page. :return: the requests, and where the next page starts or None."""
@@ -110,11 +128,22 @@ class RequestPageViews(Views):
             preds=top_classes(request),
             output=json.dumps(shown["preds"], indent=2, ensure_ascii=False),
             files=shown.get("files", {}),
+            vector=self._first_values(request),
             waiting_for=shown.get("waiting_for", "Waiting."),
             eta_seconds=shown.get("eta_seconds"),
             timeline=timeline(request, shown),
             raw=json.dumps({"success": True, **shown}, indent=2, ensure_ascii=False),
         )
+
+    def _first_values(self, request: RequestRecord) -> list[str]:
+        """Return the first values of the vector that a request was answered with, as text; none without one."""
+        file = request.files.get(VECTOR)
+        if request.service != Embedding.name or file is None:
+            return []
+        with contextlib.suppress(ImageGone):  # deleted in this moment
+            vector = read_vector(self._context.read_stored(file.sha256, file.size_bytes))
+            return [f"{value:.4f}" for value in vector[:SHOWN_VALUES]]
+        return []
 
 
 def check_state(value: str) -> str | None:

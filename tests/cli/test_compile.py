@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,24 @@ def test_a_keras_model_is_installed_from_a_folder_with_progress(tmp_path: Path, 
     assert not (tmp_path / "models").exists()
 
 
+def test_an_embedding_is_built_from_the_installed_model_or_after_it(tmp_path: Path, weights: Path) -> None:
+    both = mlg("models", "compile", "MobileNetV2_embedding", "--weights", str(weights), home=tmp_path)
+    models = tmp_path / "models"
+    digest = read_artefact(models / f"{ROW.name}_embedding").digest
+    shutil.rmtree(models / f"{ROW.name}_embedding")
+
+    alone = mlg("models", "compile", f"{ROW.name}_embedding", home=tmp_path, MLG_WEIGHTS_DIR="/nowhere")
+
+    assert (both.returncode, alone.returncode) == (0, 0), both.stderr + alone.stderr
+    assert [line.split()[0] for line in both.stdout.splitlines()] == [ROW.name, f"{ROW.name}_embedding"]
+    assert "reading weights" in both.stderr and "cutting" in both.stderr
+    assert "reading weights" not in alone.stderr and "a vector of 1280 values" in alone.stdout
+    assert read_artefact(models / f"{ROW.name}_embedding").digest == digest
+    lines = mlg("models", home=tmp_path).stdout.splitlines()
+    (number,) = (number for number, line in enumerate(lines) if line.startswith(ROW.name))
+    assert re.match(rf"  _embedding .* yes +{digest[:12]} .* f32, own", lines[number + 1])
+
+
 def test_other_models_are_installed_after_one_that_fails(tmp_path: Path, weights: Path) -> None:
     done = mlg("models", "compile", "vgg16", "lite0", "--weights", str(weights), home=tmp_path)
 
@@ -74,7 +93,7 @@ def test_missing_tensorflow_is_one_error_line(tmp_path: Path, weights: Path) -> 
     [
         (["densenet12"], 1, "densenet121"),
         (["vgg16", "vgg19", "--weights", "{weights}"], 2, "for several give a folder"),
-        (["vgg16", "--weights", "/nowhere"], 1, "There is no weights file /nowhere"),
+        (["vgg16_embedding", "--weights", "/nowhere"], 1, "There is no weights file /nowhere"),
         (["efficientnetv2_b0", "--weights", "{weights}"], 1, "does not contain the weights of EfficientNetV2B0"),
         (["vgg16", "--f16-within", "2"], 2, "--f16-within"),
         ([], 2, "MODEL|all"),

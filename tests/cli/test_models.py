@@ -60,7 +60,9 @@ def test_models_fit_a_terminal_of_100_columns(tmp_path: Path, models_folder: Pat
 
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).split("\r\n")
     assert status == 0
-    assert len([line for line in lines if line]) == 1 + len(CATALOGUE)
+    # A line for each model and one for the embedding that is there on first use, below its model.
+    assert len([line for line in lines if line]) == 2 + sum(row.base is None for row in CATALOGUE.values())
+    assert re.match(r"  _embedding +embedding +224 x 224 +on first use", lines[2])
     assert all(word in lines[0] for word in ("service", "input", "digest", "MB", "weights", "images/s"))
     assert max(map(len, lines)) <= 100
 

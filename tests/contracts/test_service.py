@@ -5,6 +5,8 @@ a change here.
 """
 
 import json
+import math
+import struct
 
 import pytest
 
@@ -58,9 +60,10 @@ class Answered:
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
-def answered(request, models_folder, photos, tmp_path_factory):
+def answered(request, embedding_models_folder, photos, tmp_path_factory):
     name, model = request.param
-    models = install_extension_models(tmp_path_factory.mktemp("models")) if name in TEST_SERVICES else models_folder
+    is_test = name in TEST_SERVICES
+    models = install_extension_models(tmp_path_factory.mktemp("models")) if is_test else embedding_models_folder
     return Answered(name, model, models, photos)
 
 
@@ -403,3 +406,83 @@ def test_outputs_of_a_net_with_few_classes_are_compared():
     assert compare(few, copied_rows(few)).largest == 0.0
     assert compare(few, [["", "dog", 0.7], ["", "cat", 0.3]]).largest == pytest.approx(0.4)
     assert not compare(few, [["", "dog", 0.7], ["", "cat", 0.3]]).is_same_order
+
+
+# Embeddings
+
+
+@pytest.fixture(scope="module")
+def embedded(embedding_models_folder, photos):
+    return Answered("embedding", "efficientnet_lite0_embedding", embedding_models_folder, photos)
+
+
+def vector_of(output):
+    return struct.unpack(f"<{output.data['dimensions']}f", output.files["vector"])
+
+
+def with_vector(output, values):
+    return Output(data=output.data, files={"vector": struct.pack(f"<{len(values)}f", *values)})
+
+
+def test_embedding_is_a_vector_of_unit_length(embedded):
+    assert embedded.output.data == {"dimensions": 1280}
+    assert math.hypot(*vector_of(embedded.output)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: [float("nan"), *values[1:]],
+        lambda values: [float("inf"), *values[1:]],
+        lambda values: [-float("inf"), float("nan"), *values[2:]],
+        lambda values: [0.0] * len(values),
+        lambda values: [3e38] * len(values),
+        lambda values: [1.01 * value for value in values],
+        lambda values: values[:-1],
+        lambda values: [*values, 0.0],
+        lambda values: [],
+    ],
+    ids=["nan", "inf", "both", "zero", "huge", "too long", "a value less", "a value more", "empty"],
+)
+def test_forged_vector_is_refused(embedded, change):
+    with pytest.raises(MalformedResults, match="vector"):
+        embedded.check(with_vector(embedded.output, change(vector_of(embedded.output))))
+
+
+def test_vector_that_is_cut_within_a_value_is_refused(embedded):
+    with pytest.raises(MalformedResults, match="1280 values"):
+        embedded.check(Output(data=embedded.output.data, files={"vector": embedded.output.files["vector"][:-1]}))
+
+
+@pytest.mark.parametrize("data", [{"dimensions": 1279}, {"dimensions": 1280.0}, {"dimensions": 1280, "more": 1}])
+def test_forged_dimensions_are_refused(embedded, data):
+    with pytest.raises(MalformedResults):
+        embedded.check(Output(data=data, files=embedded.output.files))
+
+
+def test_difference_of_two_vectors_is_the_length_of_their_difference(embedded):
+    values = vector_of(embedded.output)
+    opposite = with_vector(embedded.output, [-value for value in values])
+    moved = with_vector(embedded.output, [values[0] + 0.003, values[1] - 0.004, *values[2:]])
+    shorter = with_vector(embedded.output, values[:-1])
+    compare = embedded.service.compare
+
+    assert compare(embedded.output, opposite, 0.1).largest == pytest.approx(2, abs=1e-6)
+    assert compare(embedded.output, moved, 0.1).largest == pytest.approx(0.005, abs=1e-7)
+    assert compare(embedded.output, shorter, 0.1) == compare(Output(data=embedded.output.data), moved, 0.1)
+    assert compare(embedded.output, shorter, 0.1).largest > 1
+
+
+def test_similar_images_have_closer_vectors_than_other_ones(embedded, photos):
+    cat, cup, rocket = (
+        vector_of(embedded.service.run(embedded.net, [embedded.prepare({"image": photos[name]})], [{}])[0])
+        for name in ("chelsea", "coffee", "rocket")
+    )
+    smaller = resize(photos["chelsea"], 200, 200, None)
+    (found,) = embedded.service.run(embedded.net, [embedded.prepare({"image": smaller})], [{}])
+
+    def similarity(one, other):
+        return sum(a * b for a, b in zip(one, other, strict=True))
+
+    assert similarity(cat, vector_of(found)) > 0.8
+    assert max(similarity(cat, cup), similarity(cat, rocket), similarity(cup, rocket)) < 0.6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -236,7 +237,7 @@ def test_only_images_with_a_problem_have_a_line(artefact: Path) -> None:
     assert "selftest-" not in intact
     assert intact.splitlines()[-1].split() == ["verdict", "ok"]
     assert damaged.count("selftest-") == 1
-    assert "a probability differs by" in damaged
+    assert "the result differs by 0.002 from the recorded one" in damaged
 
 
 def test_tolerance_includes_the_measured_error_of_f16_storage(artefact: Path) -> None:
@@ -274,6 +275,52 @@ def test_artefact_in_a_folder_of_another_name_fails_only_in_a_models_folder(mode
 
     assert (installed.is_ok, elsewhere.is_ok) == (False, True)
     assert "Rename it" in installed.problem
+
+
+# An embedding
+
+
+@pytest.fixture
+def embedding(tmp_path: Path, embedding_models_folder: Path) -> Path:
+    """The artefact of an embedding that the test may change."""
+    return shutil.copytree(embedding_models_folder / f"{MODEL}_embedding", tmp_path / f"{MODEL}_embedding")
+
+
+def replace_vector(artefact: Path, data: bytes) -> None:
+    """Record another vector for the first image."""
+    (artefact / "selftest-0-vector.bin").write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    change(artefact, lambda m: m["samples"][0]["files"]["vector"].__setitem__(1, sha256))
+
+
+def test_embedding_is_compared_with_the_recorded_vectors(embedding: Path) -> None:
+    report = check_model(embedding, seconds=SECONDS)
+
+    assert report.is_ok, report.problem
+    assert report.pictures and all(image.difference is not None for image in report.pictures)
+    assert max(image.difference or 0 for image in report.pictures) <= report.tolerance == TOLERANCE
+    assert report.images_per_second > 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda a: replace_vector(a, (a / "selftest-1-vector.bin").read_bytes()), "give other results than recorded"),
+        (lambda a: replace_vector(a, bytes(4 * 1280)), "1 of .* cannot be used"),
+        (lambda a: replace_vector(a, b"short"), "1 of .* cannot be used"),
+        (lambda a: (a / "selftest-0-vector.bin").write_bytes(b""), "1 of .* cannot be used"),
+        (lambda a: (a / "selftest-0-vector.bin").unlink(), "1 of .* cannot be used"),
+        (lambda a: change(a, lambda m: m["samples"][0]["files"].clear()), "give other results than recorded"),
+        (lambda a: change(a, lambda m: m.update(dimensions=1279)), "digest does not match"),
+    ],
+)
+def test_embedding_with_other_vectors_fails(embedding: Path, damage: Callable[[Path], object], words: str) -> None:
+    damage(embedding)
+
+    report = check_model(embedding, seconds=SECONDS)
+
+    assert not report.is_ok
+    assert re.search(words, report.problem), report.problem
 
 
 # Finding the folder

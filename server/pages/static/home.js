@@ -297,7 +297,7 @@ function showAnswer(card, answer) {
   const isFinal = !["queued", "claimed"].includes(answer.status);
   if (answer.status === "done") {
     card.reason.hidden = true;
-    showBars(card, answer.preds);
+    showResult(card, answer);
     const details = [answer.model];
     if (answer.cached) details.push("from an earlier result");
     else if (answer.seconds) details.push(`${Math.max(1, Math.round(answer.seconds * 1000))} ms`);
@@ -318,8 +318,24 @@ function showAnswer(card, answer) {
   }
 }
 
+function showResult(card, answer) {
+  if (Array.isArray(answer.preds)) {
+    showBars(card, answer.preds);
+    return;
+  }
+  const facts = Object.entries(answer.preds ?? {}).map(([name, value]) => `${name}: ${value}`);
+  showReason(card, facts.join(", "));
+  for (const [name, file] of Object.entries(answer.files ?? {})) {
+    const link = document.createElement("a");
+    link.href = file.url;
+    link.download = "";
+    link.textContent = `Download ${name}`;
+    card.reason.append(" ", link);
+  }
+}
+
 function showBars(card, preds) {
-  card.bars.replaceChildren(...(preds ?? []).map(([, name, probability]) => {
+  card.bars.replaceChildren(...preds.map(([, name, probability]) => {
     const bar = barTemplate.content.firstElementChild.cloneNode(true);
     bar.querySelector(".name").textContent = String(name).replaceAll("_", " ");
     bar.querySelector(".percent").textContent = percent(probability);

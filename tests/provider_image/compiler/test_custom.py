@@ -8,11 +8,13 @@ import pytest
 
 from provider_image.backends import Device
 from provider_image.chunk import ChunkItem, write_chunk
+from provider_image.compiler import embedding
 from provider_image.compiler.custom import CustomModel, build
 from provider_image.compiler.keras_graph import import_keras, preprocess
 from provider_image.compiler.labels import MAX_LABELS, read_labels
 from provider_image.errors import ConfigError, UnsafeModelFile, UnsuitableModel, WeightsMissing
 from provider_image.images.decoding import decode
+from provider_image.precision import TOLERANCE
 from provider_image.runtime import NetCache, run_chunk
 from provider_image.service import Output
 from provider_image.services.classification import Classification
@@ -99,6 +101,43 @@ def test_functional_with_operations_between_layers_and_a_network_in_it_answers_a
     right = keras_results(network, artefact, photos.values())
     for found, each in zip(answers(artefact, photos.values(), tmp_path), right, strict=True):
         assert close(found, PETS, each)
+
+
+@pytest.mark.parametrize(("activation", "classes"), [("softmax", 3), (None, 3), ("sigmoid", 1)])
+def test_embedding_of_a_custom_model_is_what_its_last_layer_takes(keras, install, activation, classes):
+    import numpy as np
+
+    network = classifier(activation, classes)
+    custom = install(network, PETS if classes == 3 else ("no", "yes"), title="My pets")
+
+    artefact = embedding.build(custom.folder.parent, "pets")
+
+    assert (artefact.name, artefact.title, artefact.source) == ("pets_embedding", "My pets embedding", "own")
+    assert artefact.dimensions == network.layers[-1].kernel.shape[0]
+    inner = keras.Model(network.inputs[0], network.layers[-1].input)
+    for sample in artefact.samples:
+        right = keras_results(inner, artefact, [(artefact.folder / sample.file).read_bytes()])[0]
+        recorded = np.fromfile(artefact.folder / sample.files["vector"][0], "<f4")
+        assert np.linalg.norm(recorded - right / np.linalg.norm(right)) <= TOLERANCE
+
+
+def test_model_that_does_not_end_in_a_matrix_product_has_no_embedding(keras, install):
+    layers = keras.layers
+    network = keras.Sequential(
+        [keras.Input((SIDE, SIDE, 3)), layers.Conv2D(3, 3), layers.GlobalAveragePooling2D(), layers.Softmax()]
+    )
+    custom = install(network)
+
+    with pytest.raises(UnsuitableModel, match="The last layer of pets is no matrix product"):
+        embedding.build(custom.folder.parent, "pets")
+    assert not (custom.folder.parent / "pets_embedding").exists()
+
+
+def test_name_of_an_embedding_is_refused(tmp_path):
+    custom = CustomModel(name="cats_embedding", file=tmp_path / "cats.keras", labels=labels_file(tmp_path, *PETS))
+
+    with pytest.raises(ConfigError, match="that of an embedding"):
+        build(tmp_path / "models", custom)
 
 
 def test_logits_become_probabilities(install, photos, tmp_path):

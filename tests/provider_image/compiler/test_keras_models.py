@@ -28,10 +28,12 @@ import pytest
 from PIL import Image
 
 from provider_image.backends import Device
-from provider_image.compiler import keras_applications, keras_graph
+from provider_image.backends.openvino import import_openvino
+from provider_image.check import check_model
+from provider_image.compiler import embedding, keras_applications, keras_graph
 from provider_image.compiler.keras_weights import KERAS_WEIGHTS_URL, WeightsFile, WeightsSources, find_weights
 from provider_image.errors import CompilationFailed, WeightsMismatch
-from provider_image.models.artefact import find_artefact
+from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelRow
 from provider_image.precision import TOLERANCE
 from provider_image.service import Output
@@ -39,7 +41,7 @@ from provider_image.services import load_service
 from provider_image.services.classification import top_labels
 from tests.seeded_weights import seeded_network, write_weights
 
-ROWS = [row for row in CATALOGUE.values() if row.source == "keras"]
+ROWS = [row for row in CATALOGUE.values() if row.source == "keras" and row.base is None]
 SMALL = CATALOGUE["mobilenet_v2"]
 #: Models that differ from another one only in depth and width.
 LARGER = {
@@ -67,6 +69,8 @@ PHOTOS = (
     ("rocket.jpg", "P", (640, 427), "GIF"),
     ("motorcycle_left.png", "SIDEWAYS", (741, 500), "JPEG"),
 )
+#: Largest length of the difference of two vectors, where it is more than for the labels of the same model.
+VECTOR_TOLERANCES = {"convnext_tiny": 2e-3}
 #: How many of them each model answers; the smallest one answers all.
 PHOTOS_EACH = 5
 
@@ -112,6 +116,21 @@ def keras_answers(row: ModelRow, network, images: list[Image.Image]) -> np.ndarr
     side = (row.width, row.height)
     arrays = [np.asarray(image.resize(side, Image.Resampling.BICUBIC), np.float32) for image in images]
     return network.predict(module.preprocess_input(np.stack(arrays)), batch_size=len(arrays), verbose=0)
+
+
+def keras_vectors(row: ModelRow, network, images: list[Image.Image]) -> list[np.ndarray]:
+    """What a sub-model of Keras returns before the last layer, with the length 1."""
+    keras = importlib.import_module("keras")
+    found = keras_answers(row, keras.Model(network.input, network.layers[-1].input), images).astype(np.float64)
+    return list(found / np.linalg.norm(found, axis=1, keepdims=True))
+
+
+def embed(artefact: Artefact, images: list[np.ndarray]) -> list[np.ndarray]:
+    """What the graph of an installed classifier returns after it was cut."""
+    core = import_openvino().Core()
+    graph = embedding.cut(core.read_model(artefact.folder / "model.xml"), artefact.name)
+    compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return [compiled(image[None])[0][0].copy() for image in images]
 
 
 @dataclasses.dataclass
@@ -166,6 +185,7 @@ def test_compiled_model_answers_as_keras_does(keras_model, tmp_path):
     row, photos = keras_model.row, photos_for(keras_model.row)
     network, keras_model.network = seeded_network(row, make=lambda: keras_model.network), None
     expected = keras_answers(row, network, [seen for _, seen in photos])
+    vectors = keras_vectors(row, network, [seen for _, seen in photos])
     path = tmp_path / row.weights.file
     write_weights(network, path)
     del network
@@ -175,7 +195,12 @@ def test_compiled_model_answers_as_keras_does(keras_model, tmp_path):
     path.unlink()
     service = load_service(artefact.service)
     net = service.load(artefact, Device(threads=2))
-    found = net.infer([service.prepare(artefact, {"image": data}, {}) for data, _ in photos])
+    images = [service.prepare(artefact, {"image": data}, {}) for data, _ in photos]
+    found = net.infer(images)
+    for right, vector in zip(vectors, embed(artefact, images), strict=True):
+        # Two unit vectors of which the difference is as short as the tolerance have the cosine 1 - 5e-9.
+        assert vector.shape == (CATALOGUE[f"{row.name}_embedding"].dimensions,)
+        assert np.linalg.norm(vector - right) <= VECTOR_TOLERANCES.get(row.name, TOLERANCE)
     shutil.rmtree(tmp_path / "models")
     for right, answer in zip(expected, found, strict=True):
         # Neither flat (0.001) nor certain, or the comparison would say little.
@@ -279,6 +304,44 @@ def test_artefact_records_what_keras_answered(models):
         (output,) = service.run(net, [service.prepare(artefact, image, {})], [{}])
         difference = service.compare(Output(data=sample.output), output, 1e-4)
         assert difference.largest <= TOLERANCE and difference.is_same_order
+
+
+def test_embedding_of_an_installed_model_is_what_keras_computes_before_the_last_layer(tmp_path, models):
+    network = seeded_network(TINY)
+    (tmp_path / TINY.name).symlink_to(models / TINY.name)
+
+    artefact = embedding.build(tmp_path, TINY.name)
+
+    assert (artefact.name, artefact.service, artefact.dimensions) == ("mobilenet_v2_embedding", "embedding", 64)
+    assert artefact.reference == find_artefact(models, TINY.name).reference
+    assert len(artefact.samples) >= 4
+    for sample in artefact.samples:
+        image = Image.open(artefact.folder / sample.file).convert("RGB")
+        (right,) = keras_vectors(TINY, network, [image])
+        recorded = np.fromfile(artefact.folder / sample.files["vector"][0], "<f4")
+        assert np.linalg.norm(recorded - right) <= TOLERANCE
+    assert check_model(artefact.folder, Device(threads=1), seconds=0.01).is_ok
+
+
+def test_embedding_of_a_model_with_f16_weights_keeps_them(tmp_path, weights):
+    classifier = keras_applications.build(tmp_path, TINY, weights, f16_within=1.0)
+
+    artefact = embedding.build(tmp_path, TINY.name)
+
+    assert (classifier.precision, artefact.precision, artefact.storage) == ("f16", "f16", None)
+    assert check_model(artefact.folder, Device(threads=1), seconds=0.01).is_ok
+
+
+def test_embedding_of_a_model_that_gives_other_labels_than_it_recorded_is_refused(tmp_path, models):
+    folder = shutil.copytree(models / TINY.name, tmp_path / TINY.name)
+    facts = json.loads((folder / "model.json").read_text())
+    facts["samples"][1]["output"][0][2] += 0.05
+    (folder / "model.json").write_text(json.dumps(facts))
+
+    with pytest.raises(CompilationFailed, match="gives other labels than it recorded"):
+        embedding.build(tmp_path, TINY.name)
+
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == [TINY.name]
 
 
 def test_keras_settings_of_the_machine_change_nothing(tmp_path, models, weights):

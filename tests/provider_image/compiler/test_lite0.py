@@ -11,9 +11,10 @@ import pytest
 
 from provider_image.backends import Device
 from provider_image.backends.openvino import import_openvino, load_net
-from provider_image.compiler import build, ensure_installed, lite0
+from provider_image.compiler import build, embedding, ensure_installed, lite0
 from provider_image.compiler.torch_file import read_tensors
 from provider_image.errors import ConfigError, WeightsMismatch
+from provider_image.images.decoding import decode
 from provider_image.models.artefact import compute_digest
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.services import load_service
@@ -89,6 +90,72 @@ def test_graph_is_computed_in_bf16_only_on_request(models_folder):
     assert abs(first.sum() - 1) < 1e-5
 
 
+def test_embedding_is_what_an_independent_computation_finds(embedding_models_folder):
+    artefact = ensure_installed(embedding_models_folder, "efficientnet_lite0_embedding")
+    net = load_net(artefact, Device(threads=1))
+    pixels = decode((artefact.folder / "selftest-0.jpg").read_bytes(), 224, 224, artefact.crop)
+
+    (vector,) = net.infer([pixels])
+
+    expected = features_by_numpy(pixels)
+    assert (artefact.service, artefact.dimensions, artefact.labels) == ("embedding", 1280, ())
+    assert np.abs(vector - expected / np.linalg.norm(expected)).max() < 1e-5
+    assert artefact.size_bytes == pytest.approx(artefact.storage.f32_bytes) == pytest.approx(13.6e6, rel=0.02)
+
+
+def features_by_numpy(pixels):
+    """The 1280 values before the last layer, in float64 and without folding normalisations into convolutions."""
+    tensors = read_tensors(lite0._weights())
+
+    def convolve(x, name, stride):
+        kernel = tensors[f"{name}.weight"].astype(np.float64)
+        size, side = kernel.shape[-1], x.shape[-1]
+        out = -(-side // stride)
+        missing = max((out - 1) * stride + size - side, 0)
+        x = np.pad(x, ((0, 0), *[(missing // 2, missing - missing // 2)] * 2))
+        total = 0.0
+        for row, column in np.ndindex(size, size):
+            part = x[:, row : row + stride * (out - 1) + 1 : stride, column : column + stride * (out - 1) + 1 : stride]
+            weights = kernel[:, :, row, column]
+            is_depthwise = weights.shape[1] == 1
+            total = total + (weights[:, :, None] * part if is_depthwise else np.tensordot(weights, part, 1))
+        return total
+
+    def normalise(x, name):
+        mean, variance, scale, shift = (
+            tensors[f"{name}.{each}"].astype(np.float64)[:, None, None]
+            for each in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / np.sqrt(variance + 1e-3) * scale + shift
+
+    def relu6(x):
+        return np.clip(x, 0, 6)
+
+    x = ((pixels.astype(np.float64) - 127) / 128).transpose(2, 0, 1)
+    x = relu6(normalise(convolve(x, "_conv_stem", 2), "_bn0"))
+    strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
+    for number, stride in enumerate(strides):
+        name, entry = f"_blocks.{number}.", x
+        if number:
+            x = relu6(normalise(convolve(x, f"{name}_expand_conv", 1), f"{name}_bn0"))
+        x = relu6(normalise(convolve(x, f"{name}_depthwise_conv", stride), f"{name}_bn1"))
+        x = normalise(convolve(x, f"{name}_project_conv", 1), f"{name}_bn2")
+        if x.shape == entry.shape:
+            x = x + entry
+    return relu6(normalise(convolve(x, "_conv_head", 1), "_bn1")).mean(axis=(1, 2))
+
+
+def test_embedding_has_the_same_digest_from_the_wheel_and_from_the_installed_classifier(
+    tmp_path, embedding_models_folder, models_folder
+):
+    (tmp_path / "efficientnet_lite0").symlink_to(models_folder / "efficientnet_lite0")
+
+    found = embedding.build(tmp_path, "efficientnet_lite0")
+
+    expected = ensure_installed(embedding_models_folder, "efficientnet_lite0_embedding")
+    assert (found.digest, found.files) == (expected.digest, expected.files)
+
+
 def test_precision_that_does_not_exist_is_refused(models_folder):
     with pytest.raises(ConfigError, match="f64"):
         load_net(ensure_installed(models_folder, "efficientnet_lite0"), Device(threads=1, precision="f64"))
@@ -113,7 +180,7 @@ def test_wrong_weights_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(lite0, "WEIGHTS_SHA256", hashlib.sha256(b"other").hexdigest())
 
     with pytest.raises(WeightsMismatch, match="sha256"):
-        lite0.build(tmp_path)
+        lite0.build(tmp_path, CATALOGUE["efficientnet_lite0"])
     assert [path.name for path in tmp_path.iterdir()] == [".efficientnet_lite0.lock"]
 
 

@@ -303,3 +303,42 @@ def test_what_a_killed_builder_left_is_removed_by_the_next(tmp_path):
         assert not leftover.exists()
 
     assert not folder.exists()
+
+
+def test_embedding_artefact_keeps_its_dimensions_and_vectors(embedding_models_folder):
+    folder = embedding_models_folder / "efficientnet_lite0_embedding"
+    artefact = read_artefact(folder)
+
+    facts = json.loads((folder / "model.json").read_text())
+    assert (artefact.dimensions, facts["dimensions"], artefact.labels) == (1280, 1280, ())
+    assert compute_digest(replace(artefact, dimensions=64)) != artefact.digest == compute_digest(artefact)
+    for sample in artefact.samples:
+        file, sha256 = sample.files["vector"]
+        data = (folder / file).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (4 * 1280, sha256)
+    assert {path.name for path in folder.iterdir()} == {"model.json", *artefact.file_names}
+
+
+def test_artefact_without_dimensions_is_read_and_keeps_its_digest(models):
+    folder = models / "efficientnet_lite0"
+    facts = json.loads((folder / "model.json").read_text())
+    del facts["dimensions"]
+    for sample in facts["samples"]:
+        del sample["files"]
+    expected = read_artefact(folder)
+
+    (folder / "model.json").write_text(json.dumps(facts))
+
+    assert read_artefact(folder) == expected
+    assert compute_digest(read_artefact(folder)) == facts["digest"]
+
+
+@pytest.mark.parametrize("file", ["../x.bin", "/etc/passwd", "", 7, None])
+def test_vector_file_of_a_sample_must_be_in_the_folder(tmp_path, embedding_models_folder, file):
+    folder = shutil.copytree(embedding_models_folder / "efficientnet_lite0_embedding", tmp_path / "copy")
+    facts = json.loads((folder / "model.json").read_text())
+    facts["samples"][0]["files"]["vector"][0] = file
+    (folder / "model.json").write_text(json.dumps(facts))
+
+    with pytest.raises(BrokenArtefact, match="not a plain file name"):
+        read_artefact(folder)

@@ -8,7 +8,7 @@ from provider_image.models.catalogue import CATALOGUE, find_model, install_comma
 
 
 def test_catalogue_has_the_sixteen_keras_models_the_starter_and_newer_ones():
-    names = set(CATALOGUE)
+    names = {name for name, row in CATALOGUE.items() if row.base is None}
 
     assert names == {
         *[
@@ -34,6 +34,18 @@ def test_catalogue_has_the_sixteen_keras_models_the_starter_and_newer_ones():
         ],
         *["mobilenet_v2", "efficientnetv2_b0", "convnext_tiny"],
     }
+
+
+def test_every_model_has_an_embedding_that_takes_what_it_takes():
+    embeddings = {row.base: row for row in CATALOGUE.values() if row.base is not None}
+
+    assert list(embeddings) == [row.name for row in CATALOGUE.values() if row.base is None]
+    for name, row in embeddings.items():
+        model = CATALOGUE[name]
+        assert (row.name, row.service, row.dimensions) == (f"{name}_embedding", "embedding", model.features)
+        assert model.features >= 768 and model.dimensions == row.features == 0
+        for fact in ("height", "width", "preprocessing", "crop", "source"):
+            assert getattr(row, fact) == getattr(model, fact)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +86,8 @@ def test_row_has_the_size_and_preprocessing_of_keras(name, side, preprocessing):
         ("Inception v3", "inception_v3"),
         ("EfficientNet-Lite0", "efficientnet_lite0"),
         ("lite0", "efficientnet_lite0"),
+        ("lite0_embedding", "efficientnet_lite0_embedding"),
+        ("ResNet-50 embedding", "resnet50_embedding"),
     ],
 )
 def test_model_is_found_by_any_spelling(spelling, name):
@@ -103,3 +117,5 @@ def test_unknown_model_that_resembles_none_names_none():
 
 def test_install_command_names_the_model():
     assert install_command("vgg16") == "mlg models compile vgg16"
+    assert install_command("vgg16_embedding") == "mlg models compile vgg16_embedding"
+    assert install_command("my_pets_embedding") == "mlg models compile my_pets_embedding"

@@ -61,6 +61,21 @@ def test_unknown_name_is_told_the_nearest_own_one(models):
         find_row(models, "resnet5")
 
 
+def test_embedding_of_a_custom_model_is_found_and_listed_only_if_it_is_installed(models, models_folder):
+    found = find_row(models, "My-Pets-Embedding")
+
+    assert (found.name, found.service, found.base, found.source) == ("my_pets_embedding", "embedding", "my_pets", "own")
+    assert install_command(found.name) == "mlg models compile my_pets_embedding"
+    assert [row.name for row in list_rows(models)] == [*CATALOGUE, "my_pets"]
+    put(models_folder, models, "my_pets_embedding", service="embedding", title="Mine")
+    assert find_row(models, "mypetsembedding").title == "Mine"
+    assert [row.name for row in list_rows(models)] == [*CATALOGUE, "my_pets", "my_pets_embedding"]
+    with pytest.raises(UnknownModel):
+        find_row(models, "my_pets_embedding_embedding")
+    with pytest.raises(UnknownModel):
+        find_row(models, "nobody_embedding")
+
+
 def test_model_comes_and_goes_with_its_folder(models, models_folder):
     age(models)
     assert find_row(models, "mypets").name == "my_pets"

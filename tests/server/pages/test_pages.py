@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import flask.testing
 import pytest
 
+from provider_image.models.catalogue import CATALOGUE
 from server.pages import render
 from server.settings import ServerSettings
 from store.clients.keys import KeyRecord, Scope, hash_key, make_key
@@ -150,12 +151,12 @@ def test_home_lists_installed_models_first_and_how_to_install_the_others(
     page = get_page(client, "/")
     models = [tag for tag in TagCollector(page).all("input") if tag.get("name") == "model"]
 
-    assert models[0]["value"] == MODEL
-    assert "checked" in models[0]
-    assert "disabled" not in models[0]
-    assert len(models) > 10
-    assert all("disabled" in model for model in models[1:])
-    assert "mlg models compile densenet121" in page
+    assert [model["value"] for model in models[:2]] == [MODEL, f"{MODEL}_embedding"]
+    assert [model["value"] for model in models if "checked" in model] == [MODEL]
+    assert [model["value"] for model in models if "disabled" not in model] == [MODEL, f"{MODEL}_embedding"]
+    assert len(models) == 1 + sum(row.base is None for row in CATALOGUE.values())
+    assert "mlg models compile densenet121" in page and "<summary>1 embedding</summary>" in page
+    assert page.count("mlg models compile densenet121_embedding") == 1
     assert "224 × 224" in page
     assert f"curl -F image=@kitten.jpg http://localhost/requestPrediction/{MODEL}" in page
 
