@@ -19,6 +19,7 @@ COMMANDS = {
     "batch": ("cli.batch:batch", "Run the batcher, which processes queued requests."),
     "submit": ("cli.submit:submit", "Send images to a server and collect the results."),
     "requests": ("cli.requests:requests", "List, show, retry or cancel requests."),
+    "collections": ("cli.collections:collections", "Find similar images, near-duplicates and groups."),
     "models": ("cli.models:models", "List, install or check models."),
     "image": ("cli.image:image", "Build and publish the provider image."),
     "bills": ("cli.rentals.bills:bills", "Show what is not billed or was refused, or write it off."),

@@ -8,7 +8,7 @@
             print(request.name, request.best)
 
 For any Python program; `mlg submit` uses it too. It needs httpx and the standard library, and imports no other package
-of mlg. The calls are in `calls.py`; the two classes here do their I/O.
+of mlg. The calls are in `calls.py` and `collections.py`; the two classes here do their I/O.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from mlg_client.calls import DEFAULT_URL, IN_FLIGHT, Calls
+from mlg_client.calls import DEFAULT_URL, IN_FLIGHT
+from mlg_client.collections import CollectionCalls
 from mlg_client.errors import ClientError, Refused, StillWaiting, Unavailable, Unreachable
 from mlg_client.methods import run
 from mlg_client.records import FINAL, Batch, Model, Request, to_dataframe
@@ -53,7 +54,7 @@ __all__ = [
 T = TypeVar("T")
 
 
-class Client(Calls):
+class Client(CollectionCalls):
     """A synchronous client of one server; thread-safe. A context manager.
 
     :param url: address of the server. Defaults to MLG_URL, then http://127.0.0.1:5000.
@@ -121,7 +122,7 @@ class Client(Calls):
             pool.shutdown(wait=not isinstance(sys.exception(), KeyboardInterrupt), cancel_futures=True)
 
 
-class AsyncClient(Calls):
+class AsyncClient(CollectionCalls):
     """An asynchronous client of one server: the calls of `Client` with `await` and `async for`. A context manager.
 
     The parameters are those of `Client`.

@@ -311,14 +311,25 @@ class Calls(abc.ABC):
             await self._sleep(POLL_SECONDS)
 
     async def _submit_all(
-        self, uploads: Iterable[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str | None = None
+        self,
+        uploads: Iterable[ImageUpload],
+        model: str,
+        query: Sequence[tuple[str, str]],
+        key: str | None = None,
+        *,
+        batch_path: str | None = None,
     ) -> Batch:
+        """Send images in batches. :param batch_path: where to; None sends them for the model, or one by one."""
         outcomes: list[tuple[ImageUpload, Request | Refused]] = []
         raw: list[Mapping[str, Any]] = []
         key = key or uuid.uuid4().hex
         for number, part in enumerate(split(uploads)):
             part_key = f"{key}-{number}"
-            answer = await self._post_batch(part, model, query, part_key) if len(part) > 1 else None
+            answer: dict[str, Any] | None = None
+            if batch_path is not None:
+                answer = await self._post(batch_path, query=query, files=_batch_fields(part), key=part_key)
+            elif len(part) > 1:
+                answer = await self._post_batch(part, model, query, part_key)
             if answer is None:
                 outcomes += await self._submit_singly(part, model, query, part_key)
                 continue
@@ -344,12 +355,9 @@ class Calls(abc.ABC):
         """Send images as one batch; None if the server has no batches or refuses this one as a whole."""
         if not self._has_batches:
             return None
-        files: list[tuple[str, Any]] = []
-        for one in uploads:
-            files += [("client_id", (None, one.id)), one.form_field]
         path = f"/requestPredictions/{quote(model, safe='')}"
         try:
-            return await self._post(path, query=query, files=files, key=key)
+            return await self._post(path, query=query, files=_batch_fields(uploads), key=key)
         except Refused as error:
             if error.status in _MISSING_STATUSES and error.code in ("not_found", "method_not_allowed"):
                 self._has_batches = False
@@ -460,6 +468,7 @@ class Calls(abc.ABC):
         query: Sequence[tuple[str, str]] = (),
         files: Sequence[tuple[str, Any]] = (),
         key: str | None = None,
+        json: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         size_bytes = sum(len(content[1]) for _, content in files)
         return await self._send(
@@ -469,6 +478,7 @@ class Calls(abc.ABC):
             timeout=self._timeout_seconds + size_bytes / _SLOW_BYTES_PER_SECOND,
             params=list(query) or None,
             files=files or None,
+            json=json,
         )
 
     async def _send(self, method: str, path: str, **more: Any) -> dict[str, Any]:
@@ -574,6 +584,11 @@ def _check_time(waiting: Mapping[str, Request], give_up_at: float | None) -> Non
 
 def _id(request: Request | str) -> str:
     return quote(request if isinstance(request, str) else request.id, safe="")
+
+
+def _batch_fields(uploads: Iterable[ImageUpload]) -> list[tuple[str, Any]]:
+    """Build the form of a batch."""
+    return [field for one in uploads for field in (("client_id", (None, one.id)), one.form_field)]
 
 
 def _query(

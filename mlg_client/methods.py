@@ -1,7 +1,8 @@
 """Turns coroutines into methods of both clients: `Client` runs them to their end, `AsyncClient` returns them.
 
-Every call is written once, in `calls.py`, as a coroutine or an asynchronous generator that does all I/O through methods
-of its client. Those of `Client` block and never suspend, so its calls run without an event loop, see `run`.
+Every call is written once, in `calls.py` or `collections.py`, as a coroutine or an asynchronous generator that does all
+I/O through methods of its client. Those of `Client` block and never suspend, so its calls run without an event loop,
+see `run`.
 """
 
 from __future__ import annotations

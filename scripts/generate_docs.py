@@ -40,6 +40,7 @@ TAGS = {
     "predictions": "Single images",
     "batches": "Groups of images",
     "requests": "Requests",
+    "collections": "Collections",
     "events": "Live events",
     "webhooks": "Webhook messages",
     "models": "Models",

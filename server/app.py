@@ -13,6 +13,7 @@ import flask
 
 from server.api.responses import install_error_handlers
 from server.api.views.batches import BatchViews
+from server.api.views.collections import CollectionViews
 from server.api.views.events import EventViews
 from server.api.views.health import HealthViews
 from server.api.views.operator import OperatorViews
@@ -39,6 +40,7 @@ VIEWS: tuple[type[Views], ...] = (
     PredictionViews,
     BatchViews,
     RequestViews,
+    CollectionViews,
     EventViews,
     WebhookViews,
     OperatorViews,

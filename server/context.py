@@ -16,7 +16,7 @@ import flask
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import CATALOGUE, install_command
 from server.auth.cursors import CursorCodec, Cursors
-from server.auth.guard import owned, visible_key_id
+from server.auth.guard import current_key_id, owned, visible_key_id
 from server.auth.memory import hold_bytes
 from server.endpoint import get_operation
 from server.errors import TooManyDownloads
@@ -27,11 +27,13 @@ from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
 from server.serializers import parse_read_params, serialize_request
 from server.settings import ServerSettings
+from server.similarity import Similarity
 from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
 from server.thumbnails import Thumbnails
 from store.batches import BatchRecord
+from store.collections.collections import CollectionRecord
 from store.errors import ImageGone
 from store.requests import RequestRecord
 from store.store import Store
@@ -60,6 +62,8 @@ class Context:
     #: Answers requests that are sent again.
     repetitions: Repetitions
     thumbnails: Thumbnails
+    #: Searches in collections.
+    similarity: Similarity
 
     @classmethod
     def create(cls, settings: ServerSettings, store: Store, clock: Callable[[], datetime]) -> Context:
@@ -86,6 +90,7 @@ class Context:
                 store.idempotency, active_reads=active_reads, max_body_bytes=settings.max_batch_bytes, clock=clock
             ),
             thumbnails=Thumbnails(store.images, max_waiting=max(2, settings.server_threads // 2)),
+            similarity=Similarity(store.collections, max_waiting=max(2, settings.server_threads // 4)),
         )
 
     def serialize(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -150,6 +155,10 @@ class Views:
     def _get_batch(self, id: str) -> BatchRecord:
         """Return a batch of the caller's. :raises UnknownBatch:"""
         return owned(self._store.batches.get, id)
+
+    def _get_collection(self, name: str) -> CollectionRecord:
+        """Return a collection of the caller's by its name, or by its id. :raises UnknownCollection:"""
+        return owned(lambda text: self._store.collections.find(text, key_id=current_key_id()), name)
 
     def _cursors(self, list_name: str) -> CursorCodec:
         """Return what writes and reads the cursors of a list for the caller."""

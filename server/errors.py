@@ -14,6 +14,8 @@ from store import errors as store_errors
 from store.batches import BatchInProgress, DuplicateClientId
 from store.clients.idempotency import IdempotencyKeyReused
 from store.clients.webhooks import UnknownWebhook
+from store.collections.collections import CollectionExists
+from store.collections.likeness import ComparisonTooLong
 from store.rentals.providers import UnknownProvider
 
 # Access
@@ -94,6 +96,29 @@ class KeyUnderWay(MlgError):
     """The first request under this Idempotency-Key is still running. Send it again in a moment."""
 
 
+# Collections
+
+
+class ModelChanged(MlgError):
+    """The model was installed anew since, so its vectors cannot be compared with those of the collection."""
+
+    permanent = True
+
+
+class NotEmbedded(MlgError):
+    """There is no vector of the image, because its request has ended without one."""
+
+    permanent = True
+
+
+class SearchBusy(MlgError):
+    """Too many searches are running already. Send it again in a moment."""
+
+
+class IndexBehind(SearchBusy):
+    """The collection is being made ready to be searched. Send it again in a moment."""
+
+
 # Live events and webhooks
 
 
@@ -119,6 +144,10 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
         BatchInProgress,
         DuplicateClientId,
         KeyUnderWay,
+        CollectionExists,
+        ComparisonTooLong,
+        ModelChanged,
+        NotEmbedded,
     ),
     410: (store_errors.ImageGone,),
     411: (LengthMissing,),
@@ -133,6 +162,7 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
         errors.ModelError,
         errors.DecodingUnavailable,
         BacklogFull,
+        SearchBusy,
         StreamsFull,
         TooManyDownloads,
         TooManyUploads,
@@ -148,6 +178,8 @@ RETRY_AFTER_SECONDS: Mapping[type[MlgError], int] = {
     store_errors.StoreError: 5,
     store_errors.DiskFull: 60,
     BacklogFull: 30,
+    SearchBusy: 1,
+    IndexBehind: 3,
     StreamsFull: 5,
     TooManyDownloads: 1,
     TooManyUploads: 1,

@@ -104,6 +104,10 @@ class Transaction:
             self._images.publish(each)
             self._published.append(each.sha256)
 
+    def read_file(self, sha256: str) -> bytes:
+        """Read a published file. :raises FileNotFoundError:"""
+        return self._images.read(sha256)
+
     def count_published(self) -> int:
         """Count the images that were published so far."""
         return len(self._published)

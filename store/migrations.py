@@ -835,11 +835,79 @@ def m017_leases(db: sqlite_utils.Database) -> None:
     db.execute("CREATE TABLE lease_clocks (boot_id TEXT PRIMARY KEY, zero_at TEXT NOT NULL) WITHOUT ROWID")
 
 
-def m019_unused_providers(db: sqlite_utils.Database) -> None:
+def m018_unused_providers(db: sqlite_utils.Database) -> None:
     """Finds the providers that are forgotten because they were neither rented nor banned."""
     db.execute(
         "CREATE INDEX providers_unused ON providers (seen_at) WHERE done = 0 AND failed = 0 AND ban_reason IS NULL"
     )
+
+
+def m019_collections(db: sqlite_utils.Database) -> None:
+    """Collections of images, see `collections/members.py`, and indexes of what retention may delete."""
+    for statement in (
+        """
+        CREATE TABLE collections (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            id TEXT NOT NULL UNIQUE,
+            name TEXT NOT NULL,
+            key_id TEXT,
+            model TEXT NOT NULL,
+            digest TEXT,
+            dimensions INTEGER CHECK (dimensions > 0),
+            sequence INTEGER NOT NULL DEFAULT 0,
+            created_at TEXT NOT NULL,
+            deleted_at TEXT
+        )
+        """,
+        "CREATE UNIQUE INDEX collections_name ON collections (coalesce(key_id, ''), name) WHERE deleted_at IS NULL",
+        "CREATE INDEX collections_deleted ON collections (number) WHERE deleted_at IS NOT NULL",
+        """
+        CREATE TABLE collection_members (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            collection INTEGER NOT NULL REFERENCES collections (number),
+            request_number INTEGER NOT NULL,
+            image_sha256 TEXT NOT NULL CHECK (length(image_sha256) = 64),
+            sequence INTEGER,
+            reason TEXT
+        )
+        """,
+        "CREATE UNIQUE INDEX collection_members_image ON collection_members (image_sha256, collection)",
+        "CREATE INDEX collection_members_request ON collection_members (request_number)",
+        # Also counts the members with and without a vector.
+        "CREATE INDEX collection_members_collection ON collection_members (collection, number)",
+        "CREATE INDEX collection_members_sequence ON collection_members (collection, sequence)",
+        """
+        CREATE TABLE collection_vectors (
+            number INTEGER PRIMARY KEY REFERENCES collection_members (number) ON DELETE CASCADE,
+            vector BLOB NOT NULL
+        )
+        """,
+        """
+        CREATE TABLE collection_changes (
+            collection INTEGER NOT NULL REFERENCES collections (number),
+            sequence INTEGER NOT NULL,
+            number INTEGER NOT NULL,
+            PRIMARY KEY (collection, sequence)
+        ) WITHOUT ROWID
+        """,
+        """
+        CREATE TABLE collection_labels (
+            collection INTEGER NOT NULL REFERENCES collections (number),
+            value TEXT NOT NULL,
+            name TEXT NOT NULL,
+            number INTEGER NOT NULL REFERENCES collection_members (number) ON DELETE CASCADE,
+            PRIMARY KEY (collection, value, name, number)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX collection_labels_member ON collection_labels (number)",
+        # In how many collections a request is a member with a vector; retention does not touch it then.
+        "ALTER TABLE requests ADD COLUMN collections INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX requests_purgeable ON requests (finished_at) WHERE finished_at IS NOT NULL AND collections = 0",
+        "DROP INDEX requests_finished_with_image",
+        "CREATE INDEX requests_finished_with_image ON requests (finished_at) "
+        "WHERE finished_at IS NOT NULL AND image_deleted_at IS NULL AND collections = 0",
+    ):
+        db.execute(statement)
 
 
 STEPS: tuple[Step, ...] = (
@@ -860,7 +928,8 @@ STEPS: tuple[Step, ...] = (
     m015_bills,
     m016_leaks,
     m017_leases,
-    m019_unused_providers,
+    m018_unused_providers,
+    m019_collections,
 )
 
 

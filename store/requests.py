@@ -20,6 +20,7 @@ from typing import Any
 
 from store.amounts import equal_share
 from store.clients.keys import count_images
+from store.collections.members import NewMember, add_members, remove_members_of
 from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
 from store.files import NewFile, StoredFile, digests_of_files, files_from_text, files_to_text
@@ -241,6 +242,8 @@ class NewRequest(RequestFacts):
     shares_answers: bool = False
     #: URL that is notified when the request is done.
     webhook: str | None = None
+    #: Number of the collection whose member its image becomes.
+    collection: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,7 +429,7 @@ def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
         state=str(RequestState.QUEUED),
         digest=None,  # of the answer
     )
-    del row["shares_answers"]  # not stored
+    del row["shares_answers"], row["collection"]  # not stored here
     return {**row, "due_at": row["created_at"]}
 
 
@@ -442,7 +445,8 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> built
     numbers: list[int] = []
     labels: list[tuple[int, str | None, str]] = []
     files: dict[int, Mapping[str, StoredFile]] = {}
-    for _, staged, row in items:
+    members: list[NewMember] = []
+    for new, staged, row in items:
         transaction.publish(staged)
         number = transaction.execute(f"INSERT INTO {insert_sql('requests', row)}", row).lastrowid
         assert number is not None
@@ -450,7 +454,10 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> built
         if row["labels"] != "{}":
             labels.append((number, row["key_id"], row["labels"]))
         files[number] = files_from_text(row["inputs"])
+        if new.collection is not None:
+            members.append(NewMember(new.collection, number, staged.sha256, new.labels))
     transaction.execute_many(_ADD_LABELS, labels)
+    add_members(transaction, members)
     _refer_to_files(transaction, files, is_input=True)
     # Nobody else writes meanwhile, so the numbers have no gaps.
     return [_to_record(row) for row in transaction.execute(_ADDED, (numbers[0], numbers[-1]))]
@@ -490,7 +497,7 @@ def _refer_to_files(transaction: Transaction, files: Mapping[int, Mapping[str, S
 
 
 def delete_requests(transaction: Transaction, which: str, values: Any) -> int:
-    """Delete requests, their labels, what webhooks say of them, and after the commit files that no other needs.
+    """Delete requests, their labels and vectors, what webhooks say of them, and later files that no other needs.
 
     :param which: SQL condition; must exclude requests that have not ended, except those of a hidden batch.
     :return: how many.
@@ -499,6 +506,7 @@ def delete_requests(transaction: Transaction, which: str, values: Any) -> int:
     deleted = transaction.execute(sql, values).fetchall()
     labels = [(row["number"], row["labels"]) for row in deleted if row["labels"] != "{}"]
     transaction.execute_many(_REMOVE_LABELS, labels)
+    remove_members_of(transaction, [row["number"] for row in deleted])
     for statement in FORGET:
         transaction.execute_many(statement, [(row["id"],) for row in deleted])
     transaction.delete_files(set().union(*map(digests_of_files, deleted)))
@@ -662,9 +670,9 @@ class Requests:
                     recorded.append({**row, "share": share})
                     if share is not None:
                         counts[row["chunk_id"]] = share + 1
-            transition(transaction, RequestState.DONE, "number = :number", recorded, columns=_ANSWER, now=now)
             for one in new_files:
                 transaction.publish(staged[one])
+            transition(transaction, RequestState.DONE, "number = :number", recorded, columns=_ANSWER, now=now)
             _refer_to_files(transaction, references, is_input=False)
             for chunk_id, count in counts.items():
                 transaction.execute(_SET_ANSWERS_OF_CHUNK, (count, chunk_id))

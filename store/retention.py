@@ -1,5 +1,8 @@
 """Retention: deletes images and requests that are old enough, and files that killed processes left.
 
+A request that gave a collection a vector is kept, with its image, for as long as it is a member. Only a retention time
+of its own, which its client chose, ends that.
+
 The batcher calls `purge` regularly (`batcher/scheduler.py`). It works in small commits, so that uploads never wait long
 for the write lock.
 """
@@ -14,6 +17,7 @@ from store.batches import Batches
 from store.changes import Changes
 from store.clients.idempotency import Idempotency
 from store.clients.webhooks import Webhooks
+from store.collections.collections import Collections
 from store.database import Database, Transaction, WriteFunction
 from store.files import digests_of_inputs
 from store.images import ImageStore, is_needed
@@ -30,7 +34,7 @@ KEEP_DELIVERIES = timedelta(days=7)
 # Some requests of each kind, as conditions.
 _OLD = f"""
     number IN (SELECT number FROM requests
-               WHERE finished_at < :before AND finished_at IS NOT NULL LIMIT {ROWS_PER_COMMIT})
+               WHERE finished_at < :before AND finished_at IS NOT NULL AND collections = 0 LIMIT {ROWS_PER_COMMIT})
 """
 
 # Requests with a retention time of their own, which is shorter than the operator's.
@@ -44,7 +48,7 @@ _DELETE_IMAGES = f"""
     UPDATE requests SET image_deleted_at = :now
     WHERE number IN (SELECT number FROM requests
                      WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL
-                     LIMIT {ROWS_PER_COMMIT})
+                       AND collections = 0 LIMIT {ROWS_PER_COMMIT})
     RETURNING number, image_sha256, inputs
 """
 
@@ -81,6 +85,7 @@ class Retention:
         webhooks: Webhooks,
         idempotency: Idempotency,
         providers: Providers,
+        collections: Collections,
     ) -> None:
         self._database = database
         self._images = images
@@ -89,6 +94,7 @@ class Retention:
         self._webhooks = webhooks
         self._idempotency = idempotency
         self._providers = providers
+        self._collections = collections
         self._is_stopping = threading.Event()
 
     def stop(self) -> None:
@@ -102,8 +108,11 @@ class Retention:
         :param results_before: requests that ended before this time are deleted.
         """
         self._batches.finish_interrupted(now=now)
+        self._collections.finish_removals(is_stopping=self._is_stopping.is_set)
         results = self._purge_requests(_OLD, results_before) + self._purge_requests(_OLD_FOR_OWNER, now)
         images = self._purge_images(images_before, now)
+        if not self._is_stopping.is_set():
+            self._collections.update_caches()
         self._purge_batches(results_before, now)
         self._changes.purge(before=now - KEEP_CHANGES)
         self._webhooks.purge(before=now - KEEP_DELIVERIES)

@@ -35,6 +35,11 @@ class HomeSettings(Settings):
         return self.home / "blobs"
 
     @property
+    def collections(self) -> Path:
+        """The folder of the files that collections are searched with; made again from the database when it is gone."""
+        return self.home / "collections"
+
+    @property
     def models(self) -> Path:
         """The folder of model artefacts."""
         return self.home / "models"

@@ -22,6 +22,7 @@ from store.chunks import Chunks
 from store.clients.idempotency import Idempotency
 from store.clients.keys import Keys
 from store.clients.webhooks import Webhooks
+from store.collections.collections import Collections
 from store.database import Database, connect, database_error
 from store.errors import StoreUnavailable
 from store.images import ImageStore, as_store_error
@@ -66,6 +67,7 @@ class Store:
         self.controls = Controls(self.database)
         self.changes = Changes(self.database)
         self.webhooks = Webhooks(self.database)
+        self.collections = Collections(self.database, settings.collections)
         self.retention = Retention(
             self.database,
             self.images,
@@ -74,6 +76,7 @@ class Store:
             self.webhooks,
             self.idempotency,
             self.providers,
+            self.collections,
         )
 
     def migrate(self) -> list[str]:

@@ -6,6 +6,7 @@ are committed together or not at all:
 - the change feed (`changes`), one row for each change;
 - the totals (`totals`), counted by outcome, for each request that ended;
 - the progress of batches (`batches.ended`, `requests.ended_number`), for each request of a batch that ended;
+- the members of collections, for each request that was answered (`collections/members.py`);
 - the webhook queue (`webhook_deliveries`), for each request that ended, and for each batch whose last request ended.
 
 Each of these is written for all changed requests together, because one call may change ten thousand.
@@ -20,6 +21,7 @@ from datetime import datetime
 from typing import Any
 
 from store.clients.webhooks import host_of
+from store.collections.members import complete_members, label_members
 from store.database import Transaction
 from store.rows import from_text, to_text
 from store.states import EXPIRED, RequestState
@@ -107,6 +109,9 @@ def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequ
         return
     at = to_text(now)
     transaction.execute_many(_ADD_CHANGE, [(row["number"], row["batch_id"], str(to), at) for row in changed])
+    if to is RequestState.DONE:
+        complete_members(transaction, [row["number"] for row in changed])
+        label_members(transaction, [row["number"] for row in changed])
     if to.is_final:
         _add_to_totals(transaction, to, changed)
         ended_batches = _number_ends(transaction, changed)

@@ -38,6 +38,9 @@ def test_vectors_come_from_a_new_home_without_an_extra_step(tmp_path: Path, phot
             printed = subprocess.run([*command, "--wait"], cwd=ROOT, capture_output=True, text=True)
             rows = [json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()]
             vectors = [np.frombuffer(client.file(row["req_id"], "vector"), "<f4") for row in rows]
+            client.create_collection("photos")
+            client.add_to_collection("photos", folder)  # answered before, so they are members at once
+            similar = client.search_collection("photos", photos["chelsea"])
     finally:
         system.stop()
 
@@ -54,4 +57,10 @@ def test_vectors_come_from_a_new_home_without_an_extra_step(tmp_path: Path, phot
     assert rows[1]["files"]["vector"]["bytes"] == 4 * 1280
     assert np.array_equal(vectors[0], vector)
     assert max(float(vectors[0] @ vectors[1]), float(vectors[0] @ vectors[2])) < 0.6
+    assert similar[0]["name"] == "chelsea.jpg" and len(similar) == 3
+    assert similar[0]["score"] == pytest.approx(1, abs=1e-5)
+    assert [match["score"] for match in similar[1:]] == pytest.approx(
+        sorted((float(vectors[0] @ vectors[1]), float(vectors[0] @ vectors[2])), reverse=True), abs=1e-5
+    )
+    assert similar[0]["labels"] == {MODEL: "tiger_cat"}
     assert [line.split("\t")[2:] for line in printed.stdout.splitlines()] == [["done", '{"dimensions": 1280}']] * 3

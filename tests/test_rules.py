@@ -34,7 +34,7 @@ LEVELS = {
     "server": (
         "errors settings address record_json csv_cells http_client endpoint status",
         "live auth serializers",
-        "webhooks thumbnails",
+        "webhooks thumbnails similarity",
         "intake",
         "context",
         "api",
@@ -171,7 +171,7 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
 def test_the_command_line_starts_without_anything_heavy() -> None:
     loaded = loaded_by(
         "import mlg, cli.serve, cli.submit, cli.requests, cli.models, cli.compile, cli.image, cli.keys, cli.webhooks,"
-        " cli.operate, cli.batch, cli.up, cli.rentals.costs, cli.rentals.bills, cli.rentals.providers,"
+        " cli.operate, cli.batch, cli.up, cli.collections, cli.rentals.costs, cli.rentals.bills, cli.rentals.providers,"
         " cli.rentals.golem, cli.rentals.devnet"
     )
 

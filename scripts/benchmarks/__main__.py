@@ -8,6 +8,7 @@ import sys
 NAMES = (
     "backlog",
     "chunk",
+    "collections",
     "commits",
     "dashboard",
     "drain",

@@ -28,7 +28,7 @@ from server.intake.uploads import IDEMPOTENCY_KEY
 VERSION = "3.1.0"
 _EXTENSION = "mlg_openapi"
 #: The order of the headings; others come last.
-_TAGS = ("predictions", "batches", "requests", "events", "models", "server")
+_TAGS = ("predictions", "batches", "requests", "collections", "events", "models", "server")
 #: Used in examples.
 EXAMPLE_MODEL = "efficientnet_lite0"
 EXAMPLE_URL = "http://127.0.0.1:5000"
@@ -36,6 +36,7 @@ EXAMPLE_URL = "http://127.0.0.1:5000"
 _PATH_PARAMETERS = {
     "model": Field(name="model", help="A model of GET /models, in any spelling.", schema={"examples": [EXAMPLE_MODEL]}),
     "id": Field(name="id", help="An id from the server."),
+    "name": Field(name="name", help="A name from the server."),
 }
 _IDEMPOTENCY_KEY = Field(
     name=IDEMPOTENCY_KEY,
@@ -52,6 +53,16 @@ _CLIENT_CALLS = {
     "show_batch": 'print(client.batch("ID")["counts"])',
     "cancel_batch": 'client.cancel_batch("ID")',
     "retry_batch": 'client.retry_batch("ID")',
+    "create_collection": 'client.create_collection("holiday")',
+    "list_collections": 'print([collection["name"] for collection in client.collections()])',
+    "show_collection": 'print(client.collection("NAME")["counts"])',
+    "remove_collection": 'client.delete_collection("NAME")',
+    "add_to_collection": 'client.add_to_collection("NAME", "photos")',
+    "list_members": 'print([image["req_id"] for image in client.collection_images("NAME")])',
+    "remove_member": 'client.remove_from_collection("NAME", "ID")',
+    "search_collection": 'print([match["req_id"] for match in client.search_collection("NAME", "kitten.jpg")])',
+    "collection_duplicates": 'print(client.collection_duplicates("NAME")["groups"])',
+    "collection_groups": 'print(client.collection_groups("NAME")["groups"])',
     "models": "print([model.name for model in client.models() if model.is_installed])",
 }
 #: Statuses, and the header that their responses have: its name, what it is, its type.

@@ -202,6 +202,52 @@ _BATCH_SUBMITTED = success(
         )
     ),
 )
+_COLLECTION = success(
+    id=string("Its id."),
+    name=string("Its name, unique for its API key."),
+    model=_MODEL,
+    dimensions=nullable(integer("Values of a vector; null before the first.")),
+    digest=nullable(string("Digest of the artefact that made its vectors; null before the first.")),
+    created_at=timestamp("When it was created."),
+    counts=object_schema(
+        ready=integer("Images with a vector, which a search finds."),
+        pending=integer("Images whose vector is being computed."),
+        failed=integer("Images without one; the list of images tells why."),
+    ),
+    recall=nullable(
+        number(
+            "The share of the ten most similar images that a search finds, measured with its own images; null while "
+            "every image is compared.",
+            minimum=0,
+            maximum=1,
+        )
+    ),
+)
+_COLLECTION_ADDED = success(
+    collection=string("The collection's name."),
+    status_url=string("Path of the collection."),
+    batch_id=nullable(string("The batch of the new requests; null if none was necessary.")),
+    model=_MODEL,
+    accepted=integer("Images that were accepted."),
+    refused=integer("Images that were refused."),
+    items=_BATCH_SUBMITTED["properties"]["items"],
+)
+_MEMBER = object_schema(
+    "req_id name status labels created_at picture_url",
+    req_id=string("The request that computes its vector."),
+    name=nullable(string("The client's file name.")),
+    status=enum(("ready", "pending", "failed"), "Whether it has a vector."),
+    labels=map_of("string", "Given by the client, and the most likely label of each classifier under its name."),
+    created_at=timestamp("When the request was created."),
+    picture_url=string("Path of the image."),
+    reason=string("Why it has no vector."),
+)
+_SCORE = number("The similarity: the cosine of the angle between two vectors.", minimum=-1.01, maximum=1.01)
+_SCORED_MEMBER = {
+    **_MEMBER,
+    "required": [*_MEMBER["required"], "score"],
+    "properties": {**_MEMBER["properties"], "score": _SCORE},
+}
 _CATALOGUE_MODEL = object_schema(
     name=string("The name in paths; case and separators do not matter."),
     title=string("The name for people."),
@@ -240,6 +286,28 @@ def schemas() -> Mapping[str, Schema]:
         "Batch": _BATCH,
         "Batches": success(batches=list_of(_without_success(_BATCH)), next=_NEXT),
         "BatchSubmitted": _BATCH_SUBMITTED,
+        "Collection": _COLLECTION,
+        "Collections": success(collections=list_of(_without_success(_COLLECTION)), next=_NEXT),
+        "CollectionAdded": _COLLECTION_ADDED,
+        "Members": success(images=list_of(_MEMBER), next=_NEXT),
+        "Matches": success(
+            collection=string("The collection's name."),
+            req_id=nullable(string("The request whose image was searched for; null for a vector.")),
+            matches=list_of(_SCORED_MEMBER, "The most similar first."),
+            recall=_COLLECTION["properties"]["recall"],
+        ),
+        "Groups": success(
+            collection=string("The collection's name."),
+            total=integer("How many groups there are."),
+            groups=list_of(
+                object_schema(
+                    size=integer("How many images the group has."),
+                    label=nullable(string("The most frequent label of the listed images.")),
+                    images=list_of(_SCORED_MEMBER),
+                ),
+                "The largest first.",
+            ),
+        ),
         "Model": _CATALOGUE_MODEL,
         "Models": success(models=list_of(ref("Model"))),
         "Index": success(

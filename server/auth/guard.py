@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -35,6 +35,7 @@ from server.errors import CrossSite, KeyMissing, KeyRefused, RateLimited, ScopeM
 from server.settings import ServerSettings
 from store.batches import BatchRecord, UnknownBatch
 from store.clients.keys import KeyRecord, Keys, Scope
+from store.collections.collections import CollectionRecord, UnknownCollection
 from store.errors import QuotaReached, StoreError, UnknownRequest
 from store.requests import RequestRecord
 
@@ -46,7 +47,7 @@ CLIENT = "mlg.client"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-Record = TypeVar("Record", RequestRecord, BatchRecord)
+Record = TypeVar("Record", RequestRecord, BatchRecord, CollectionRecord)
 
 # For views
 
@@ -69,7 +70,7 @@ def visible_key_id() -> str | None:
     return None if key is None or key.is_operator else key.id
 
 
-def is_owner(record: RequestRecord | BatchRecord) -> bool:
+def is_owner(record: RequestRecord | BatchRecord | CollectionRecord) -> bool:
     """Tell whether the caller may see and change a record. Operators may, and everybody where no key is required."""
     key = current_key()
     if key is None:
@@ -80,13 +81,20 @@ def is_owner(record: RequestRecord | BatchRecord) -> bool:
 def owned(look_up: Callable[[str], Record], id: str) -> Record:
     """Look up a record of the caller's. That of another key is treated as if it did not exist.
 
-    :param look_up: a method of the store: `get`, `get_batch`.
-    :raises UnknownRequest: :raises UnknownBatch:
+    :param look_up: a method of the store: `requests.get`, `batches.get`.
+    :raises UnknownRequest: :raises UnknownBatch: :raises UnknownCollection:
     """
     record = look_up(id)
     if not is_owner(record):
-        raise UnknownBatch() if isinstance(record, BatchRecord) else UnknownRequest()
+        raise _UNKNOWN[type(record)]()
     return record
+
+
+_UNKNOWN: Mapping[type, type[UnknownRequest]] = {
+    RequestRecord: UnknownRequest,
+    BatchRecord: UnknownBatch,
+    CollectionRecord: UnknownCollection,
+}
 
 
 def caller_check() -> Callable[[], bool]:

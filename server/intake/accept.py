@@ -28,7 +28,7 @@ from provider_image.services import load_service
 from server.auth.guard import current_key_id, quota_left
 from server.auth.limits import FairSlots
 from server.errors import BacklogFull, FetchingDisabled, TooManyUploads
-from server.intake.batch_parser import body_too_large, detect_format, parse_items, spool
+from server.intake.batch_parser import BatchItem, body_too_large, detect_format, parse_items, spool
 from server.intake.request_options import RequestOptions, parse_fresh, read_request_options
 from server.intake.staging import StagedItem, Stager, disk_reserved
 from server.intake.uploads import (
@@ -48,6 +48,7 @@ from server.status.queue_stats import QueueStats
 from server.webhooks import check_webhook
 from store import new_id
 from store.batches import BatchRecord
+from store.collections.collections import CollectionRecord
 from store.errors import QuotaReached
 from store.requests import NewRequest, RequestRecord
 from store.store import Store
@@ -153,13 +154,16 @@ class Intake:
         self._batch_slots = FairSlots(settings.server_threads // 2)
         self._batch_fetch_slots = FairSlots(settings.server_threads // 4)
 
-    def read_image(self, request: Request, model: str | None) -> ReceivedImage:
+    def read_image(
+        self, request: Request, model: str | None, *, query: tuple[dict[str, str], RequestOptions] | None = None
+    ) -> ReceivedImage:
         """Read one image, the body's or the URL of one in its JSON, or the other inputs that the model takes.
 
         :param model: None when the form's field `model` has it, as on the page.
+        :param query: what `read_request_options` returns, of a view with further parameters.
         :raises MlgError: the request cannot be accepted.
         """
-        fields, options = read_request_options(request, self._clock())
+        fields, options = read_request_options(request, self._clock()) if query is None else query
         submission = None if model is None else self._check(model, fields, options)
         # The page, whose form has the model, sends images only.
         inputs = (load_service("classification") if submission is None else submission.service).inputs
@@ -262,9 +266,61 @@ class Intake:
                     digest=None if digest is None else digest.hexdigest(),
                 )
 
-    def add_batch(self, received: ReceivedBatch) -> tuple[BatchRecord, Sequence[StagedItem]]:
+    def add_stored_image(self, request: RequestRecord, model: str) -> RequestRecord:
+        """Add a request for the image of another one, with another model.
+
+        :raises BrokenImage: it is not kept any more. :raises MlgError: nothing is accepted now.
+        """
+        submission = self._check(model, {}, RequestOptions())
+        self._room()
+        new = submission.new_request(created_at=self._clock(), name=request.name)
+        with self._work_slots:
+            inputs = {primary_input(submission.service): self._read_stored(request)}
+            return self._store.requests.add(new, self._stager.stage(inputs, submission.row, submission.service))
+
+    def add_stored_batch(
+        self, requests: Sequence[RequestRecord], collection: CollectionRecord, *, labels: Mapping[str, str]
+    ) -> tuple[BatchRecord, Sequence[StagedItem]]:
+        """Add requests for the images of others, with the model of a collection whose members they become.
+
+        :return: as `add_batch`; an image that is not kept any more is refused.
+        :raises MlgError: nothing is accepted now.
+        """
+        submission = self._check(collection.model, {}, RequestOptions(labels=labels))
+        room, is_full = self._room()
+
+        def items() -> Iterator[BatchItem]:
+            for position, request in enumerate(requests):
+                item = BatchItem(position=position, client_id=request.id, name=request.name)
+                try:
+                    yield replace(item, data=self._read_stored(request))
+                except errors.BrokenImage as error:
+                    yield replace(item, error=error)
+
+        with self._batch_slots.holding(submission.key_id) as is_held:
+            if not is_held:
+                raise TooManyUploads()
+            with self._work_slots:
+                outcomes = self._stager.stage_items(
+                    items(), submission.row, submission.service, room=room, is_full=is_full
+                )
+            return self._add_items(submission, None, outcomes, collection)
+
+    def _read_stored(self, request: RequestRecord) -> bytes:
+        """Read the image of a request. :raises BrokenImage: it is not kept any more."""
+        try:
+            if request.image_deleted_at is None:
+                return self._store.images.read(request.image_sha256)
+        except FileNotFoundError:
+            pass  # deleted meanwhile
+        raise errors.BrokenImage("The image is not kept any more. Send it again.")
+
+    def add_batch(
+        self, received: ReceivedBatch, collection: CollectionRecord | None = None
+    ) -> tuple[BatchRecord, Sequence[StagedItem]]:
         """Check the items of a batch and add their requests.
 
+        :param collection: their images become members of it.
         :return: after all inputs and requests are durable: the batch, and its items in the order of the body.
         :raises MlgError: the body cannot be read, or nothing is accepted now; nothing is kept.
         """
@@ -296,10 +352,24 @@ class Intake:
                 room=room,
                 is_full=is_full,
             )
+        return self._add_items(submission, received.name, outcomes, collection)
+
+    def _add_items(
+        self,
+        submission: _Submission,
+        name: str | None,
+        outcomes: Sequence[StagedItem],
+        collection: CollectionRecord | None,
+    ) -> tuple[BatchRecord, Sequence[StagedItem]]:
         # The clock is read only now, as above.
-        batch = submission.new_batch(created_at=self._clock(), name=received.name)
+        batch = submission.new_batch(created_at=self._clock(), name=name)
         # A batch's webhook gets one message for all its requests.
-        new = replace(submission.new_request(created_at=batch.created_at, name=None), webhook=None, batch_id=batch.id)
+        new = replace(
+            submission.new_request(created_at=batch.created_at, name=None),
+            webhook=None,
+            batch_id=batch.id,
+            collection=None if collection is None else collection.number,
+        )
         staged = [
             (replace(new, id=new_id(), client_id=one.item.client_id, name=one.item.name), one.staged)
             for one in outcomes

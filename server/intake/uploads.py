@@ -16,6 +16,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 from urllib.parse import parse_qsl
 
 import flask
@@ -272,13 +273,7 @@ def read_json(
     :raises MalformedRequest: :raises TooManyBytes:
     """
     limit = MAX_FIELD_BYTES + sum((rows or {}).values())
-    body = _read_body(request, limit, limit, active_reads)
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise MalformedRequest("The body is not JSON.") from error
-    if not isinstance(found, dict):
-        raise MalformedRequest("The body must be a JSON object.")
+    found, digest = read_object(request, limit, active_reads=active_reads)
     fields: dict[str, str] = {}
     given_rows: dict[str, bytes] = {}
     for name, value in found.items():
@@ -290,7 +285,29 @@ def read_json(
             fields[name] = value if isinstance(value, str) else json.dumps(value)
             if any(unicodedata.category(character) == "Cs" for character in fields[name]):
                 raise MalformedRequest(f"{name[:64]!r} has half of a character (a lone surrogate).")
-    return fields, given_rows, _digest(request, body)
+    return fields, given_rows, digest
+
+
+def read_object(request: Request, max_bytes: int, *, active_reads: ActiveReads) -> tuple[dict[str, Any], str | None]:
+    """Read a request whose body is a JSON object of anything.
+
+    :return: the object, and the digest of the body for a request with an idempotency key.
+    :raises MalformedRequest: :raises TooManyBytes:
+    """
+    body, digest = read_bytes(request, max_bytes, active_reads=active_reads)
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise MalformedRequest("The body is not JSON.") from error
+    if not isinstance(found, dict):
+        raise MalformedRequest("The body must be a JSON object.")
+    return found, digest
+
+
+def read_bytes(request: Request, max_bytes: int, *, active_reads: ActiveReads) -> tuple[bytes, str | None]:
+    """Read a whole body. :return: it, and its digest for a request with an idempotency key. :raises TooManyBytes:"""
+    body = _read_body(request, max_bytes, max_bytes, active_reads)
+    return body, _digest(request, body)
 
 
 def query_fields(request: Request, *, repeatable: str | None = None) -> dict[str, str]:

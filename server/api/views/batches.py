@@ -97,7 +97,7 @@ class BatchViews(Views):
                 "model": batch.model,
                 "accepted": count,
                 "refused": len(items) - count,
-                "items": [_show_item(item) for item in items],
+                "items": [show_item(item) for item in items],
             },
             202,
             {"Location": status_url},
@@ -253,7 +253,8 @@ class BatchViews(Views):
                 yield {**self._context.serialize(request, params), "cursor": after}
 
 
-def _show_item(one: StagedItem) -> dict[str, Any]:
+def show_item(one: StagedItem) -> dict[str, Any]:
+    """Build the JSON of an item that was accepted or refused."""
     if one.request is None:
         assert one.refused is not None
         return {**fields(one.refused, _REFUSED), "req_id": None, "status": "refused"}

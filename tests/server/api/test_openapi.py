@@ -223,7 +223,7 @@ def test_errors_match_the_schema(client: flask.testing.FlaskClient, address: str
 NOT_CALLED = re.compile(r"events|webhook", re.IGNORECASE)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_requests_generated_from_the_document_get_the_documented_responses(
     settings: ServerSettings, store: Store, document: dict[str, Any], photos: dict[str, bytes]
 ) -> None:

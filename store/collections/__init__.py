@@ -1,0 +1,1 @@
+"""Collections of images: members, their vectors, and what is similar to what."""
