@@ -66,7 +66,7 @@ def list_requests(status: str | None, model: str | None, before: int | None, lim
             limit=limit,
         )
     if as_json:
-        print_json_lines(_to_json(request) for request in found)
+        print_json_lines(_to_json(request, settings.models) for request in found)
         return
     print_records(
         found,
@@ -103,7 +103,7 @@ def show(id: str, files: Path | None, as_json: bool) -> None:
             files.mkdir(parents=True, exist_ok=True)
             for name, file in request.files.items():
                 (files / name).write_bytes(store.images.read(file.sha256))
-    details = _to_json(request)
+    details = _to_json(request, HomeSettings.from_env(environment()).models)
     if as_json:
         print_json_lines([details])
         return
@@ -157,10 +157,11 @@ def _change_each(ids: Sequence[str], change: Callable[[str], RequestRecord]) -> 
         raise click.exceptions.Exit(1)
 
 
-def _to_json(request: RequestRecord) -> dict[str, Any]:
+def _to_json(request: RequestRecord, models: Path) -> dict[str, Any]:
     from server.serializers import parse_read_params, serialize_request
 
-    return {"number": request.number, **serialize_request(request, parse_read_params(request.service, {}), None)}
+    shown = serialize_request(request, parse_read_params(request.service, {}), None, models=models)
+    return {"number": request.number, **shown}
 
 
 def _short_result(request: RequestRecord) -> str | None:

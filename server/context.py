@@ -100,7 +100,7 @@ class Context:
         """
         if params is None:
             params = parse_read_params(request.service, {})
-        return serialize_request(request, params, self.estimate_wait(request))
+        return serialize_request(request, params, self.estimate_wait(request), models=self.settings.models)
 
     def read_image(self, request: RequestRecord) -> bytes:
         """Read the image of a request. :raises ImageGone: it was deleted. :raises TooManyDownloads:"""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.compiler import can_build_now
-from provider_image.errors import InvalidParams, ModelError, NotInstalled
+from provider_image.errors import InvalidParams, ModelError, NotInstalled, UnknownModel
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import ModelFacts, install_command
 from provider_image.models.registry import list_rows
@@ -24,13 +24,16 @@ from store.requests import RequestRecord
 from store.states import RequestState
 
 
-def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: WaitEstimate | None) -> dict[str, Any]:
+def serialize_request(
+    request: RequestRecord, params: Mapping[str, Any], wait: WaitEstimate | None, *, models: Path | None = None
+) -> dict[str, Any]:
     """Build a request's JSON.
 
     `cost` is in GLM, and a string because a JSON number would lose digits; null where nothing is paid. It is an
     estimate until `cost_is_final`.
 
     :param params: the service's read-time parameters, checked.
+    :param models: the models folder, where the threshold of the model is looked up; None leaves `unknown` out.
     """
     result: dict[str, Any] = {
         "req_id": request.id,
@@ -44,6 +47,9 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
         params = {**request.params, **params}
         result["preds"] = load_service(request.service).view(request.output, params) if is_known else request.output
         result |= {"cached": request.is_cached, **fields(request, "provider seconds digest cost")}
+        threshold = 0.0 if models is None else _unknown_below(models, request)
+        if threshold:
+            result |= {"unknown": request.output[0][2] < threshold, "unknown_below": threshold}
         if request.cost is not None:
             result["cost_is_final"] = request.is_cost_final
     if request.files:
@@ -62,6 +68,17 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
         # Also while it is queued again: why the last attempt failed.
         result |= fields(request, "reason code")
     return result
+
+
+def _unknown_below(models: Path, request: RequestRecord) -> float:
+    """Return the threshold of the model that gave an answer; 0 if it has none, or is not installed any more."""
+    if request.service != "classification" or not request.output:
+        return 0.0
+    try:
+        artefact = find_artefact(models, request.model)
+    except (NotInstalled, ModelError, UnknownModel):
+        return 0.0
+    return artefact.unknown_below if artefact.digest == request.digest else 0.0
 
 
 def is_image(request: RequestRecord) -> bool:

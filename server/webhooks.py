@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from provider_image.errors import InvalidParams, MlgError
@@ -113,11 +114,13 @@ class Deliverer:
         outbox: Store,
         *,
         http_client: HttpClient,
+        models: Path | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         retry_seconds: Sequence[float] = RETRY_SECONDS,
     ) -> None:
         self._outbox = outbox
         self._http_client = http_client
+        self._models = models
         self._clock = clock
         self._retry_seconds = retry_seconds
         self._lock = threading.Lock()
@@ -258,7 +261,7 @@ class Deliverer:
                 request = self._outbox.requests.get(delivery.subject)
                 if not request.state.is_final:
                     return None
-                data = serialize_request(request, parse_read_params(request.service, {}), None)
+                data = serialize_request(request, parse_read_params(request.service, {}), None, models=self._models)
         except UnknownRequest:
             data = self._deleted_data(delivery)
         return self._message(delivery, data)

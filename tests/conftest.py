@@ -109,6 +109,19 @@ def embedding_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPa
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained_models_folder(
+    embedding_models_folder: Path, photos: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A models folder with an embedding and `ratings`, a regression that was trained on it. Must not be changed."""
+    from tests.trained_models import BACKBONE, install_ratings
+
+    folder = tmp_path_factory.mktemp("trained-models")
+    (folder / BACKBONE).symlink_to(embedding_models_folder / BACKBONE)
+    install_ratings(folder, photos["coffee"])
+    return folder
+
+
 @pytest.fixture(scope="module")
 def registered_extensions() -> Iterator[Path]:
     """The services and the backend of `tests/extension`, in this process; returns the folder for PYTHONPATH."""

@@ -18,12 +18,13 @@ BELOW = {
     "server": {"provider_image", "store"},
     "batcher": {"provider_image", "store"},
     "devnet": {"provider_image"},
+    "trainer": {"provider_image", "store"},
     "mlg_client": set(),
-    "cli": {"provider_image", "store", "server", "batcher", "devnet", "mlg_client"},
+    "cli": {"provider_image", "store", "server", "batcher", "devnet", "mlg_client", "trainer"},
 }
 PACKAGES = tuple(BELOW)
 #: Never loaded by importing a module, only inside the function that needs it.
-HEAVY = ("tensorflow", "keras", "openvino", "yapapi", "ray", "torch")
+HEAVY = ("tensorflow", "keras", "openvino", "yapapi", "ray", "torch", "sklearn")
 #: The command line starts quickly because these come with the command that needs them.
 HEAVY_IN_COMMANDS = (*HEAVY, "flask", "granian", "apscheduler", "httpx", "rich", "numpy", "PIL", "sqlite_utils")
 #: Folders and modules of a package, lowest level first: each imports only from its own level and those below. `*` is

@@ -98,7 +98,8 @@ def build(
     :raises ModelError: it cannot be built; a file that is not safe has not been loaded.
     :raises NotInstalled: the models folder cannot be written.
     """
-    _check_name(models, custom)
+    check_custom_name(models, custom.name, custom.title)
+    _check_preprocessing(custom)
     labels = read_labels(custom.labels)
     with build_folder(models, custom.name) as folder, contextlib.ExitStack() as stack:
         on_step("checking the file")
@@ -139,29 +140,31 @@ def _single_output(keras: Any, network: Any) -> Callable[..., Any]:
     return lambda pixels, *, training: keras.tree.flatten(network(pixels, training=training))[0]
 
 
-def _check_name(models: Path, custom: CustomModel) -> None:
-    if not is_model_name(custom.name):
+def check_custom_name(models: Path, name: str, title: str | None) -> None:
+    """Check the name and the title of a custom model; it may be installed already. :raises ConfigError:"""
+    if not is_model_name(name):
         raise ConfigError(
-            f"{custom.name[:80]!r} is not a valid name. Use at most 64 lower-case letters, digits and `_`, and begin "
+            f"{name[:80]!r} is not a valid name. Use at most 64 lower-case letters, digits and `_`, and begin "
             "with a letter or digit."
         )
-    if custom.name.endswith(EMBEDDING_SUFFIX):
+    if name.endswith(EMBEDDING_SUFFIX):
         raise ConfigError(
-            f"The name {custom.name} is that of an embedding, which is built from an installed classifier. Choose "
+            f"The name {name} is that of an embedding, which is built from an installed classifier. Choose "
             "another name."
         )
-    known = look_up(custom.name)
-    existing = known.name if known else find_custom_name(models, custom.name)
-    if known is not None or existing not in (None, custom.name):
+    known = look_up(name)
+    existing = known.name if known else find_custom_name(models, name)
+    if known is not None or existing not in (None, name):
         raise ConfigError(
-            f"The name {custom.name} is taken by the model {existing}: case and separators do not matter. Choose "
-            "another name."
+            f"The name {name} is taken by the model {existing}: case and separators do not matter. Choose another name."
         )
-    title = custom.title
     if title is not None and not (
         0 < len(title) <= _MAX_TITLE_LENGTH and title.isprintable() and title == title.strip()
     ):
         raise ConfigError(f"A title has 1 to {_MAX_TITLE_LENGTH} characters and no control characters.")
+
+
+def _check_preprocessing(custom: CustomModel) -> None:
     if custom.preprocessing not in PREPROCESSINGS:
         raise ConfigError(
             f"There is no preprocessing {custom.preprocessing[:40]!r}. There are: {', '.join(PREPROCESSINGS)}."

@@ -41,6 +41,7 @@ def verify_and_install(
     *,
     images: Mapping[str, bytes] | None = None,
     reference: Callable[[Arrays], Arrays] | None = None,
+    tolerance: float = TOLERANCE,
     f16_within: float = TOLERANCE,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Artefact:
@@ -53,6 +54,7 @@ def verify_and_install(
     :param images: the images of the self-test, by file name; None takes those of `self_test.py`.
     :param reference: returns the right results for decoded images, uint8 (height, width, 3); None takes those of the
         graph itself in f32, if there is nothing else to compare with.
+    :param tolerance: largest difference from the reference's results; of numbers beyond 1, as a share of them.
     :param f16_within: weights are stored as f16 if no result differs by more than this from the reference's.
     :param on_step: called with the name of each step.
     :raises CompilationFailed: the graph differs from the reference.
@@ -65,8 +67,8 @@ def verify_and_install(
     arrays = [decode(data, draft.height, draft.width, draft.crop) for data in files.values()]
     actual = _run(draft, folder, arrays)
     expected = _Expected.from_results(draft, actual if reference is None else reference(arrays))
-    difference = expected.compare(actual)
-    if not difference.largest <= TOLERANCE or not difference.is_same_order:
+    difference = expected.compare(actual, tolerance)
+    if not difference.largest <= tolerance or not difference.is_same_order:
         raise CompilationFailed(
             f"The compiled graph of {draft.name} gives other results than {draft.reference}: they differ by up to "
             f"{difference.largest:.2g}. It was not installed. Please report this with both versions."
@@ -160,7 +162,9 @@ class _Expected:
         """Compare all numbers, and the outputs. Numbers that are not finite give the largest difference."""
         import numpy as np
 
-        largest = max(float(np.abs(a - b).max()) for a, b in zip(self.results, actual, strict=True))
+        # Probabilities and vectors of unit length have no numbers beyond 1.
+        gaps = [np.abs(a - b) / np.maximum(1, np.abs(a)) for a, b in zip(self.results, actual, strict=True)]
+        largest = max(float(each.max()) for each in gaps)
         if not math.isfinite(largest):
             return Difference(largest=1.0, is_same_order=False)
         service = load_service(self.draft.service)

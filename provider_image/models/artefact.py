@@ -80,6 +80,19 @@ class Storage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a model was trained from, for a model that was trained here."""
+
+    #: Name and digest of the model whose features it learned from.
+    backbone: str
+    backbone_digest: str
+    #: Digest of the examples and of what else decided the training.
+    training_digest: str
+    #: How it was fitted, for people.
+    method: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Artefact(ModelFacts):
     """An installed model, or one that is being built, which has no digest, files and folder yet."""
 
@@ -94,6 +107,10 @@ class Artefact(ModelFacts):
     labels: tuple[tuple[str, str], ...] = ()
     #: Version of the service's preparation of inputs, which is not part of the graph.
     preprocessing_version: int = 1
+    #: Probability below which the answer of a classifier is unknown; 0 if every answer counts.
+    unknown_below: float = 0.0
+    #: Where it comes from if it was trained here; None for other models.
+    provenance: Provenance | None = None
     #: Digest of the weights file.
     weights_sha256: str
     #: Identifies how the model is built. Changes whenever its results change.
@@ -139,6 +156,10 @@ def compute_digest(artefact: Artefact) -> str:
     if artefact.format >= DIGEST_COVERS_FILES:
         names += ["recipe", "columns", "backend", "precision", "preprocessing_version"]
         facts = {"format": 4, "files": {file: sha256 for file, (_, sha256) in artefact.files.items()}}
+    if artefact.provenance is not None:
+        facts["provenance"] = vars(artefact.provenance)
+    if artefact.unknown_below:
+        names.append("unknown_below")
     if artefact.dimensions:  # models that return no vector keep their digest
         names.append("dimensions")
     facts |= {name: getattr(artefact, name) for name in names}
@@ -197,12 +218,15 @@ def _from_format_2(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
     """Build the record of a model.json. :raises ValueError, KeyError, TypeError, AttributeError: it is invalid."""
-    facts = {"dimensions": 0, **facts}  # some artefacts of format 4 have none
+    facts = {"dimensions": 0, "unknown_below": 0.0, "provenance": None, **facts}  # some artefacts of format 4 have none
+    if not 0 <= facts["unknown_below"] < 1:
+        raise ValueError("unknown_below is no probability")
     return Artefact(
         **plain_fields(Artefact, facts),
         crop=None if facts["crop"] is None else float(facts["crop"]),
         columns=tuple(map(str, facts["columns"])),
         labels=tuple((str(wnid), str(name)) for wnid, name in facts["labels"]),
+        provenance=facts["provenance"] and Provenance(**plain_fields(Provenance, facts["provenance"])),
         storage=facts["storage"] and Storage(**plain_fields(Storage, facts["storage"])),
         samples=tuple(map(_parse_sample, facts["samples"])),
         files={file: (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},

@@ -15,6 +15,7 @@ REGISTRY = Extensions(
     {
         "classification": "provider_image.services.classification:Classification",
         "embedding": "provider_image.services.embedding:Embedding",
+        "regression": "provider_image.services.regression:Regression",
     },
 )
 

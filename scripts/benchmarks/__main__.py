@@ -13,6 +13,7 @@ NAMES = (
     "dashboard",
     "drain",
     "golem",
+    "heads",
     "models",
     "retention",
     "sessions",

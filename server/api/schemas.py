@@ -137,6 +137,8 @@ _REQUEST = success(
     waiting_for=string("Why there is no answer yet, for people."),
     eta_seconds=nullable(number("Estimated seconds until the answer; null when unknown.", minimum=0)),
     ahead=integer("Requests of the same model before it."),
+    unknown=boolean("Whether the most likely label is less sure than the model's threshold; absent without one."),
+    unknown_below=number("The model's threshold, a probability.", minimum=0, maximum=1),
     cached=_CACHED,
     provider=nullable(string("The provider that computed it.")),
     seconds=nullable(number("Seconds the model spent on it.", minimum=0)),

@@ -127,6 +127,7 @@ class RequestPageViews(Views):
             item=request,
             preds=top_classes(request),
             output=json.dumps(shown["preds"], indent=2, ensure_ascii=False),
+            is_unknown=shown.get("unknown", False),
             files=shown.get("files", {}),
             vector=self._first_values(request),
             waiting_for=shown.get("waiting_for", "Waiting."),

@@ -19,10 +19,12 @@ from provider_image.precision import TOLERANCE
 from provider_image.service import Output, are_inputs, check_files, check_params, describe_inputs, primary_input
 from provider_image.services import REGISTRY, load_service
 from tests.extensions import TEST_SERVICES, install_extension_models, sample_inputs
+from tests.trained_models import RATINGS
 
 NAMES = sorted({*REGISTRY, *TEST_SERVICES})
 PAIRS = [(row.service, row.name) for row in CATALOGUE.values() if can_build_now(row)]
 PAIRS += [(service, model) for service, model in TEST_SERVICES.items()]
+PAIRS += [("regression", RATINGS)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,10 +62,13 @@ class Answered:
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
-def answered(request, embedding_models_folder, photos, tmp_path_factory):
+def answered(request, photos, tmp_path_factory):
     name, model = request.param
-    is_test = name in TEST_SERVICES
-    models = install_extension_models(tmp_path_factory.mktemp("models")) if is_test else embedding_models_folder
+    if name in TEST_SERVICES:
+        models = install_extension_models(tmp_path_factory.mktemp("models"))
+    else:
+        is_trained = model not in CATALOGUE
+        models = request.getfixturevalue("trained_models_folder" if is_trained else "embedding_models_folder")
     return Answered(name, model, models, photos)
 
 
@@ -486,3 +491,37 @@ def test_similar_images_have_closer_vectors_than_other_ones(embedded, photos):
 
     assert similarity(cat, vector_of(found)) > 0.8
     assert max(similarity(cat, cup), similarity(cat, rocket), similarity(cup, rocket)) < 0.6
+
+
+# Regression
+
+
+@pytest.fixture(scope="module")
+def rated(trained_models_folder, photos):
+    return Answered("regression", RATINGS, trained_models_folder, photos)
+
+
+def test_regression_is_one_number(rated):
+    assert rated.output.data.keys() == {"value"}
+    assert 3 <= rated.output.data["value"] <= 13
+
+
+@pytest.mark.parametrize("value", [None, True, "3", [3], float("nan"), float("inf"), -float("inf"), 10**400, 1e300])
+def test_forged_value_is_refused(rated, value):
+    with pytest.raises(MalformedResults, match="finite number"):
+        rated.check(Output(data={"value": value}))
+
+
+def test_value_with_more_beside_it_is_refused(rated):
+    with pytest.raises(MalformedResults, match="must be its value"):
+        rated.check(Output(data={**rated.output.data, "more": 1}))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [(0.5, 0.25, 0.25), (-0.5, 0.5, 1.0), (1000, 1001, 0.001), (-4e6, -2e6, 0.5), (3, 3, 0)],
+)
+def test_difference_of_values_beyond_one_is_a_share(one, other, expected):
+    found = load_service("regression").compare(Output(data={"value": one}), Output(data={"value": other}), 0.1)
+
+    assert found.largest == pytest.approx(expected)

@@ -298,7 +298,7 @@ function showAnswer(card, answer) {
   if (answer.status === "done") {
     card.reason.hidden = true;
     showResult(card, answer);
-    const details = [answer.model];
+    const details = [...(answer.unknown ? ["unknown: not sure enough"] : []), answer.model];
     if (answer.cached) details.push("from an earlier result");
     else if (answer.seconds) details.push(`${Math.max(1, Math.round(answer.seconds * 1000))} ms`);
     if (answer.provider && !answer.cached) details.push(answer.provider);
@@ -365,7 +365,7 @@ function finish(card, state, label, answer) {
   finished += 1;
   updateCounter();
   const best = answer?.preds?.[0];
-  const outcome = best ? `${String(best[1]).replaceAll("_", " ")}, ${percent(best[2])}` : label;
+  const outcome = answer?.unknown ? "unknown" : best ? `${String(best[1]).replaceAll("_", " ")}, ${percent(best[2])}` : label;
   announce(`${card.name.textContent}: ${outcome}`);
 }
 
