@@ -63,7 +63,7 @@ def list_models(as_json: bool) -> None:
     for row in _grouped(rows):
         titles = (row["title"],) if has_titles else ()
         name = f"  {EMBEDDING_SUFFIX}" if row["base"] in names_shown else row["name"]
-        table.add_row(name, *titles, row["service"], f"{row['height']} x {row['width']}", *_installed_cells(row))
+        table.add_row(name, *titles, row["service"], _input_cell(row), *_installed_cells(row))
     print_table(table)
     if any(row["installed"] and row["images_per_second"] is None for row in rows):
         click.echo("To measure images/s on this machine: mlg models check MODEL", err=True)
@@ -115,6 +115,12 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     numbers = {row["name"]: number for number, row in enumerate(rows)}
     shown = [row for row in rows if row["base"] is None or row["installed"] or row["builds_on_first_use"]]
     return sorted(shown, key=lambda row: (numbers.get(row["base"], numbers[row["name"]]), row["base"] is not None))
+
+
+def _input_cell(row: dict[str, Any]) -> str:
+    if row["input"] == "row":
+        return f"{len(row['columns'])} columns"
+    return f"{row['height']} x {row['width']}" if row["height"] else row["input"]
 
 
 def _installed_cells(row: dict[str, Any]) -> tuple[str, ...]:

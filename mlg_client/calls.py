@@ -81,7 +81,8 @@ class Calls(abc.ABC):
     ) -> Request:
         """Send one image, or the inputs of a model that takes something else.
 
-        :param image: or name of each input -> an image, a file, or a mapping with the values of a table row.
+        :param image: or name of each input -> an image, a file, a mapping with the values of a table row, or the bytes
+            of a text: {"text": b"not bad"}.
         :param name: file name to show with the request. Defaults to that of the path or file.
         :param labels: any names and values to store with the request.
         :param params: parameters of the model's service, and `fresh`, `deadline`, `keep_seconds`.

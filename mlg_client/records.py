@@ -54,10 +54,11 @@ class Request:
 
     @property
     def best(self) -> tuple[str, float] | None:
-        """Return the most probable label of a classification and its probability; None while there is no result."""
-        rows = self.preds if isinstance(self.preds, list) else []
-        is_classification = bool(rows) and isinstance(rows[0], list) and len(rows[0]) == 3
-        return (str(rows[0][1]), float(rows[0][2])) if is_classification else None
+        """Return the most probable label and its probability; None while there is no result, or if it has no labels."""
+        rows = self.preds.get("labels") if isinstance(self.preds, dict) else self.preds
+        # Labels of a table's row or a text have no id.
+        best = rows[0] if isinstance(rows, list) and rows else None
+        return (str(best[-2]), float(best[-1])) if isinstance(best, list) and len(best) in (2, 3) else None
 
     @classmethod
     def from_answer(cls, answer: Mapping[str, Any]) -> Request:
@@ -130,6 +131,7 @@ def to_dataframe(results: Iterable[Request], *, top: int = 1) -> Any:
         preds = request.preds if isinstance(request.preds, list) else None
         shared = {"req_id": request.id, "name": request.name, "model": request.model, "status": request.status}
         for rank, pred in enumerate((preds or [[None, None, None]])[:top], start=1):
-            label = dict(zip(("wnid", "label", "probability"), pred, strict=False))
+            # Labels of a table's row have no id.
+            label = dict(zip(("probability", "label", "wnid"), reversed(pred), strict=False))
             rows.append({**shared, "rank": rank if preds else None, **label, "reason": request.reason})
     return pandas.DataFrame(rows)

@@ -70,6 +70,8 @@ class CheckReport:
     storage: str = ""
     #: The program that gave the recorded results, for example `keras 3.15.1`.
     reference: str = ""
+    #: What it takes: images, rows, texts or files.
+    items: str = "images"
     #: f32, bf16 or auto.
     precision: str
     #: Images processed at the same time.
@@ -139,7 +141,9 @@ def describe(report: CheckReport) -> list[str]:
         add_line("self-test", _self_test(report))
         lines += [f"  {'':<10} {image.file}: {image.problem}" for image in report.pictures if image.problem]
     if report.images_per_second is not None and report.net_images_per_second is not None:
-        rates = f"{report.images_per_second:.1f} images/s with decoding, {report.net_images_per_second:.1f} without"
+        rates = (
+            f"{report.images_per_second:.1f} {report.items}/s with decoding, {report.net_images_per_second:.1f} without"
+        )
         add_line("speed", rates)
     if report.peak_memory_bytes:
         add_line("memory", f"{report.peak_memory_bytes / 1e6:.0f} MB at peak")
@@ -152,7 +156,7 @@ def describe(report: CheckReport) -> list[str]:
 def _self_test(report: CheckReport) -> str:
     passed = sum(image.problem is None for image in report.pictures)
     differences = [image.difference for image in report.pictures if image.difference is not None]
-    text = f"{passed} of {len(report.pictures)} images give the recorded results ({report.reference})"
+    text = f"{passed} of {len(report.pictures)} {report.items} give the recorded results ({report.reference})"
     if not differences or report.tolerance is None:
         return text
     return f"{text}; largest difference {max(differences):.2g}, allowed {report.tolerance:.2g}"
@@ -201,6 +205,7 @@ def check_model(
         report = replace(report, pictures=images)
         _raise_if_wrong(artefact, images)
         service = load_service(artefact.service)
+        report = replace(report, items=f"{service.inputs[primary_input(service)].kind}s")
         started = time.perf_counter()
         net = service.load(artefact, device)
         report = replace(report, load_seconds=time.perf_counter() - started)

@@ -9,6 +9,7 @@
     │   ├── ImageTooLarge        too many pixels
     │   ├── TooManyBytes
     │   ├── NotARow
+    │   ├── NotAText
     │   ├── InvalidParams
     │   └── MalformedRequest
     ├── UnknownModel
@@ -131,6 +132,10 @@ class TooManyBytes(BadInput):
 
 class NotARow(BadInput):
     """The table row cannot be used. Send a JSON object with a plain value for each column, like {"length": 5.1}."""
+
+
+class NotAText(BadInput):
+    """The text cannot be used. Send some words, as UTF-8."""
 
 
 class InvalidParams(BadInput):

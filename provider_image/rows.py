@@ -31,6 +31,11 @@ def format_row(row: Mapping[str, Value]) -> bytes:
     return json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def find_delimiter(header: str) -> str:
+    """Return what separates the columns of a CSV: of comma, semicolon and tab the one its first line has most often."""
+    return max(",;\t", key=header.count)
+
+
 def check_columns(row: Mapping[str, Value], columns: Sequence[str]) -> None:
     """Check that a row has exactly a model's columns. :raises NotARow: names those that are missing or unknown."""
     missing, unknown = (sorted(set(one) - set(other)) for one, other in ((columns, row), (row, columns)))

@@ -34,7 +34,8 @@ _PIECE_BYTES = 1 << 20
 class Input:
     """An input of a service. The first of a service is not optional, and a batch has only that one."""
 
-    #: image (its header is checked), row (a JSON object of plain values, a row of a table) or file (any bytes).
+    #: image (its header is checked), row (a JSON object of plain values, a row of a table), text (UTF-8) or file (any
+    #: bytes).
     kind: str
     #: One sentence of help.
     help: str

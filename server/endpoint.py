@@ -19,6 +19,8 @@ from store.clients.keys import Scope
 View = TypeVar("View", bound=Callable[..., Any])
 #: Tag of the pages for browsers.
 PAGES = "pages"
+#: Kind of an input that can be written in JSON -> its JSON Schema.
+_INPUT_SCHEMAS = {"row": {"type": "object"}, "text": {"type": "string"}}
 #: The attribute of a view that holds its operation.
 _ATTRIBUTE = "operation"
 
@@ -115,7 +117,7 @@ def input_schemas() -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for service in map(load_service, REGISTRY):
         for name, one in service.inputs.items():
-            kind = {"type": "object"} if one.kind == "row" else {"type": "string", "format": "binary"}
+            kind = _INPUT_SCHEMAS.get(one.kind, {"type": "string", "format": "binary"})
             found.setdefault(name, {**kind, "description": one.help})
     return found
 

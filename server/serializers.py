@@ -81,12 +81,19 @@ def _unknown_below(models: Path, request: RequestRecord) -> float:
     return artefact.unknown_below if artefact.digest == request.digest else 0.0
 
 
+def input_kind(request: RequestRecord) -> str | None:
+    """Return the kind of the first input of a request; None if its service is not installed."""
+    return _input_kind(request.service) if request.service in REGISTRY else None
+
+
 def is_image(request: RequestRecord) -> bool:
     """Tell whether the first input of a request is an image."""
-    if request.service not in REGISTRY:
-        return False
-    service = load_service(request.service)
-    return service.inputs[primary_input(service)].kind == "image"
+    return input_kind(request) == "image"
+
+
+def _input_kind(service_name: str) -> str:
+    service = load_service(service_name)
+    return service.inputs[primary_input(service)].kind
 
 
 def parse_read_params(service_name: str, fields: Mapping[str, str]) -> dict[str, Any]:
@@ -122,6 +129,8 @@ def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
         "source": row.source if artefact is None else artefact.source,
         **fields(row, "height width base"),
         "dimensions": row.dimensions or None,
+        "input": _input_kind(row.service),
+        "columns": list(row.columns),
         "installed": artefact is not None,
         "builds_on_first_use": artefact is None and can_build_now(row),
         "digest": None if artefact is None else artefact.digest,

@@ -27,6 +27,8 @@ ROWS = {
     "versicolor": (5.7, 2.8, 4.5, 1.3),
     "virginica": (6.3, 3.3, 6.0, 2.5),
 }
+#: A text that every service of texts accepts.
+TEXT = "A wonderful film, not good for everybody: awful plot. 很喜欢".encode()
 #: Means of the species in the same data.
 _MEANS = np.array([[5.006, 3.428, 1.462, 0.246], [5.936, 2.77, 4.26, 1.326], [6.588, 2.974, 5.552, 2.026]])
 #: Sepia as in the CSS filter of that name.
@@ -80,7 +82,7 @@ def json_row(values: tuple[float, ...]) -> bytes:
 
 def sample_inputs(service: Service, photos: Mapping[str, bytes]) -> dict[str, bytes]:
     """Inputs that every service of this kind accepts, without the optional ones."""
-    data = {"image": photos["coffee"], "row": json_row(ROWS["versicolor"]), "file": b"any bytes"}
+    data = {"image": photos["coffee"], "row": json_row(ROWS["versicolor"]), "file": b"any bytes", "text": TEXT}
     return {name: data[one.kind] for name, one in service.inputs.items() if not one.is_optional}
 
 

@@ -16,13 +16,14 @@ from PIL import Image
 
 from mlg_client import Client, Refused
 from tests.extensions import COLUMNS, FOLDER, ROWS, install_extension_models
+from tests.linear_models import install_linear_models
 from tests.system import ROOT, System
 
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     home = tmp_path_factory.mktemp("system") / "home"
-    install_extension_models(home / "models")
+    install_linear_models(install_extension_models(home / "models"))
     system = System(home, PYTHONPATH=str(FOLDER), MLG_SHRINK="on")
     yield system
     system.stop()
@@ -78,6 +79,24 @@ def test_a_row_goes_in_and_the_right_species_comes_out(client: Client, species: 
     assert answer.files == {}
 
 
+def test_a_row_goes_in_and_a_number_comes_out(client: Client) -> None:
+    fits, does_not_fit = (
+        client.submit({"row": {"area": area, "city": "Köln"}}, "rent") for area in (None, "very large")
+    )
+
+    assert client.wait(fits, 60).preds == {"value": 550.0}
+    failed = client.wait(does_not_fit, 60)
+    assert (failed.status, failed.code) == ("failed", "not_a_row")
+    assert failed.reason == "The column 'area' takes a number or null, not 'very large'."
+
+
+def test_a_text_goes_in_and_labels_with_words_come_out(client: Client) -> None:
+    answer = client.wait(client.submit({"text": b"Not good, but wonderful"}, "mood"), 60)
+
+    assert answer.best is not None and answer.best[0] == "good"
+    assert [word for word, _ in answer.preds["words"]] == ["wonderful", "not good", "good"]
+
+
 def test_an_optional_input_reaches_the_service_and_comes_back(client: Client) -> None:
     row = dict(zip(COLUMNS, ROWS["setosa"], strict=True))
 
@@ -124,4 +143,4 @@ def test_a_check_of_the_model_passes(system: System) -> None:
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 of 1 images give the recorded results" in done.stdout
+    assert "1 of 1 rows give the recorded results" in done.stdout

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from provider_image.errors import DAMAGED_FILE_ERRORS, BadInput
 from provider_image.images.headers import MAX_PIXELS, read_header
+from provider_image.rows import find_delimiter
 from trainer.errors import UnusableExamples
 
 #: Most characters of a class's name, as in labels files.
@@ -97,6 +98,10 @@ class ExampleLimits:
     min_of_class: int = 5
     #: Fewest images with a number.
     min_with_number: int = 10
+    #: Of a CSV file of rows or texts: most rows, most values, and most different terms of a text, added up.
+    max_rows: int = 200_000
+    max_values: int = 5_000_000
+    max_text_terms: int = 5_000_000
 
 
 #: Finds a file by its path below the folder or in the zip; None if there is none.
@@ -427,7 +432,7 @@ def read_csv(table: Path, limits: ExampleLimits) -> Iterator[list[str]]:
     if len(raw) > limits.max_table_bytes:
         raise UnusableExamples(f"{table.name} has more than {limits.max_table_bytes / 1e6:g} MB.")
     header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=find_delimiter(header), strict=True)
     width = None
     try:
         for row in reader:

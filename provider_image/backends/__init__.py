@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 #: The model's input, or its output, for each item of a batch.
 Arrays = Sequence["np.ndarray[Any, Any]"]
 #: name -> "module:loader", see `Loader`. Other packages add to it by entry points of this group.
-REGISTRY = Extensions(BACKENDS, {"openvino": "provider_image.backends.openvino:load_net"})
+REGISTRY = Extensions(
+    BACKENDS,
+    {
+        "openvino": "provider_image.backends.openvino:load_net",
+        "linear": "provider_image.backends.linear:load_net",
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)

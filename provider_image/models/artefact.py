@@ -83,7 +83,7 @@ class Storage:
 class Provenance:
     """What a model was trained from, for a model that was trained here."""
 
-    #: Name and digest of the model whose features it learned from.
+    #: Name and digest of the model whose features it learned from; empty for a model of rows or texts.
     backbone: str
     backbone_digest: str
     #: Digest of the examples and of what else decided the training.
@@ -100,8 +100,8 @@ class Artefact(ModelFacts):
     format: int = FORMAT_VERSION
     #: The name of the backend that loads it.
     backend: str = "openvino"
-    #: Precision of the stored weights: f32 or f16. Independent of that of the inference: f16 weights become f32 when
-    #: they are loaded.
+    #: Precision of the stored weights: f32 or f16, f64 for the backend linear. Independent of that of the inference:
+    #: f16 weights become f32 when they are loaded.
     precision: str = "f32"
     #: (wnid, name) of each output, in the model's order; empty for a model without labels.
     labels: tuple[tuple[str, str], ...] = ()

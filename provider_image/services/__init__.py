@@ -16,6 +16,8 @@ REGISTRY = Extensions(
         "classification": "provider_image.services.classification:Classification",
         "embedding": "provider_image.services.embedding:Embedding",
         "regression": "provider_image.services.regression:Regression",
+        "table": "provider_image.services.table:Table",
+        "text": "provider_image.services.text:Text",
     },
 )
 

@@ -25,6 +25,18 @@ TOP_LABELS = 20
 _DECIMALS = 6
 
 
+#: The parameter that says how many labels are shown.
+TOP = Param(
+    name="top",
+    kind="whole",
+    default=5,
+    minimum=1,
+    maximum=TOP_LABELS,
+    help="Number of labels to return, most probable first.",
+    is_read_time=True,
+)
+
+
 class Classification:
     """See `provider_image.service.Service`."""
 
@@ -32,17 +44,7 @@ class Classification:
     title = "Classification"
     help = "Classifies an image: labels of the model's classes with their probabilities, most probable first."
     inputs: Mapping[str, Input] = {"image": IMAGE_INPUT}
-    params = (
-        Param(
-            name="top",
-            kind="whole",
-            default=5,
-            minimum=1,
-            maximum=TOP_LABELS,
-            help="Number of labels to return, most probable first.",
-            is_read_time=True,
-        ),
-    )
+    params = (TOP,)
     outputs: Mapping[str, OutputFile] = {}
     output_schema: Mapping[str, Any] = {
         "type": "array",

@@ -33,6 +33,7 @@ from server.intake.request_options import RequestOptions, parse_fresh, read_requ
 from server.intake.staging import StagedItem, Stager, disk_reserved
 from server.intake.uploads import (
     FORM_ALLOWANCE_BYTES,
+    JSON_EXAMPLES,
     ActiveReads,
     Upload,
     add_fields,
@@ -168,7 +169,7 @@ class Intake:
         # The page, whose form has the model, sends images only.
         inputs = (load_service("classification") if submission is None else submission.service).inputs
         is_json = request.mimetype == "application/json"
-        if is_json and not self._settings.fetches_urls and not _row_limits(inputs):
+        if is_json and not self._settings.fetches_urls and not _json_inputs(inputs):
             raise FetchingDisabled()
         self._room()
         max_bytes, reads = self._settings.max_image_bytes, self._active_reads
@@ -219,7 +220,7 @@ class Intake:
 
     @contextlib.contextmanager
     def read_batch(self, request: Request, model: str) -> Iterator[ReceivedBatch]:
-        """Read the images of a batch: a form, a zip, or JSON lines of URLs; or the first inputs of another service.
+        """Read the images of a batch: a form, a zip, or lines of URLs; or the first inputs of another service.
 
         The slot of the batch is kept until the block ends.
 
@@ -228,13 +229,11 @@ class Intake:
         fields, options = read_request_options(request, self._clock())
         name = clean_name(fields.pop("name", None))
         submission = self._check(model, fields, options)
-        kind, boundary = detect_format(request)
         service = submission.service
+        kind, boundary = detect_format(request, service.inputs[primary_input(service)])
         if not are_inputs(service, [primary_input(service)]):
             raise errors.MalformedRequest(f"A batch has one input for each request. {input_hint(service.inputs)}")
-        is_row = service.inputs[primary_input(service)].kind == "row"
-        is_urls = kind == "lines" and not is_row
-        if is_urls and not self._settings.fetches_urls:
+        if kind == "urls" and not self._settings.fetches_urls:
             raise FetchingDisabled()
         room, is_full = self._room()
         max_bytes = self._settings.max_batch_bytes
@@ -325,7 +324,7 @@ class Intake:
         :raises MlgError: the body cannot be read, or nothing is accepted now; nothing is kept.
         """
         submission, service = received.submission, received.submission.service
-        is_row = service.inputs[primary_input(service)].kind == "row"
+        first = primary_input(service)
         room, is_full = self._room()
         with (
             _slot(
@@ -333,7 +332,7 @@ class Intake:
                 submission.key_id,
                 "Too many batches of URLs are being fetched already. Send it again later.",
             )
-            if received.kind == "lines" and not is_row
+            if received.kind == "urls"
             else self._work_slots
         ):
             outcomes = self._stager.stage_items(
@@ -341,8 +340,8 @@ class Intake:
                     received.file,
                     received.kind,
                     received.boundary,
-                    input_name=primary_input(service),
-                    is_row=is_row,
+                    first,
+                    service.inputs[first],
                     folder=self._settings.home,
                     max_image_bytes=self._settings.max_image_bytes,
                     max_bytes=self._settings.max_batch_bytes,
@@ -426,25 +425,25 @@ class Intake:
         return (room, is_full) if left is None or room < left else (left, QuotaReached())
 
     def _read_json_upload(self, request: Request, inputs: Mapping[str, Input]) -> tuple[Upload, str | None]:
-        """Read the table rows in a JSON body, or the URL of its image."""
+        """Read the table rows and texts in a JSON body, or the URL of its image."""
         most = self._settings.max_image_bytes
-        limits = {name: min(limit, most) for name, limit in _row_limits(inputs).items()}
-        fields, rows, digest = read_json(request, active_reads=self._active_reads, rows=limits)
+        plain = {name: replace(one, max_bytes=min(one.max_bytes, most)) for name, one in _json_inputs(inputs).items()}
+        fields, given, digest = read_json(request, active_reads=self._active_reads, inputs=plain)
         first = next(iter(inputs))
-        if first in limits:
-            if first not in rows:
+        if first in plain:
+            if first not in given:
                 raise errors.MalformedRequest(f"The JSON has no `{first}`. {input_hint(inputs)}")
-            return Upload(inputs=rows, fields=fields, digest=digest), None
+            return Upload(inputs=given, fields=fields, digest=digest), None
         if not self._settings.fetches_urls:
             raise FetchingDisabled()
         url = fields.pop("url", None)
         if url is None:
             raise errors.MalformedRequest('The JSON has no `url`. Send {"url": "https://example.org/kitten.jpg"}')
-        return Upload(inputs=rows, fields=fields, digest=digest), url
+        return Upload(inputs=given, fields=fields, digest=digest), url
 
 
-def _row_limits(inputs: Mapping[str, Input]) -> dict[str, int]:
-    return {name: one.max_bytes for name, one in inputs.items() if one.kind == "row"}
+def _json_inputs(inputs: Mapping[str, Input]) -> dict[str, Input]:
+    return {name: one for name, one in inputs.items() if one.kind in JSON_EXAMPLES}
 
 
 @functools.cache

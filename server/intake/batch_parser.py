@@ -1,4 +1,4 @@
-"""The body of a batch: a form with many images, a zip, or JSON lines of URLs or table rows, parsed item by item.
+"""The body of a batch: a form, a zip or lines, parsed item by item.
 
 Called by `server/intake/accept.py`. A body is first written to an unnamed file in the home, which vanishes with the
 process; then it is parsed with one image in memory at a time. Every length is bounded before anything is read: the
@@ -8,6 +8,7 @@ is ever unpacked to them.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import struct
@@ -25,9 +26,20 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.http import parse_options_header
 from werkzeug.sansio import multipart as forms
 
-from provider_image.errors import BrokenImage, EmptyImage, MalformedRequest, MlgError, TooManyBytes
+from provider_image.errors import BadInput, BrokenImage, EmptyImage, MalformedRequest, MlgError, NotARow, TooManyBytes
+from provider_image.rows import find_delimiter
+from provider_image.service import Input
 from server.errors import LengthMissing, TooManyItems, UnsupportedMediaType
-from server.intake.uploads import ActiveReads, BodyDigest, clean_name, read_pieces, too_many_bytes
+from server.intake.uploads import (
+    JSON_EXAMPLES,
+    ActiveReads,
+    BodyDigest,
+    clean_name,
+    from_json,
+    json_bytes,
+    read_pieces,
+    too_many_bytes,
+)
 from store.batches import DuplicateClientId
 from store.images import as_store_error
 
@@ -37,7 +49,7 @@ MAX_ITEMS = 10_000
 MAX_CLIENT_ID_LENGTH = 200
 #: Headers of one part of a form, and the text before the first.
 _MAX_HEADER_BYTES = 64 * 1024
-#: A line of JSON.
+#: A line of JSON with a URL; one with an input may have that much more.
 _MAX_LINE_BYTES = 16 * 1024
 #: A zip's directory: 800 bytes for each of ten thousand entries.
 _MAX_DIRECTORY_BYTES = 8 * 1024 * 1024
@@ -47,6 +59,10 @@ _ZIP64_LOCATOR = b"PK\x06\x07"
 _USAGE = (
     "Send a form with many fields `image`, a zip (Content-Type: application/zip), or JSON lines "
     '(Content-Type: application/jsonl) of {"client_id": "...", "url": "..."}'
+)
+_PLAIN_USAGE = (
+    "Send JSON lines (Content-Type: application/jsonl) like {example}, or a CSV with a line of column names "
+    "(Content-Type: text/csv)"
 )
 
 
@@ -99,31 +115,35 @@ def spool(
     return file
 
 
-def detect_format(request: Request) -> tuple[str, str]:
-    """Return whether a body is a form, a zip or lines, and a form's boundary.
+def detect_format(request: Request, one: Input) -> tuple[str, str]:
+    """Return what a body is: form, zip, urls, lines (inputs as JSON) or csv; and a form's boundary.
 
+    :param one: the first input of the service.
     :raises UnsupportedMediaType: :raises LengthMissing: of lines, which have no end of their own.
     """
+    is_plain = one.kind in JSON_EXAMPLES
     kind, options = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
     kind = kind.lower()
     if kind == "multipart/form-data":
         return "form", options.get("boundary", "")
     if kind in ("application/zip", "application/x-zip-compressed"):
         return "zip", ""
-    if kind in ("application/jsonl", "application/x-ndjson", "application/ndjson", "application/x-jsonlines"):
+    is_csv = kind == "text/csv" and is_plain
+    if is_csv or kind in ("application/jsonl", "application/x-ndjson", "application/ndjson", "application/x-jsonlines"):
         if request.content_length is None:
             raise LengthMissing()
-        return "lines", ""
-    raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not accepted. {_USAGE}")
+        return "csv" if is_csv else "lines" if is_plain else "urls", ""
+    usage = _PLAIN_USAGE.format(example=f'{{"{one.kind}": {JSON_EXAMPLES[one.kind]}}}') if is_plain else _USAGE
+    raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not accepted. {usage}")
 
 
 def parse_items(
     file: IO[bytes],
     kind: str,
     boundary: str,
+    input_name: str,
+    one: Input,
     *,
-    input_name: str = "image",
-    is_row: bool = False,
     folder: Path,
     max_image_bytes: int,
     max_bytes: int,
@@ -131,8 +151,8 @@ def parse_items(
     """Iterate over a body's items, in order.
 
     :param kind: as `detect_format` returns it.
-    :param input_name: the field of a form that has an item.
-    :param is_row: lines have a table row under this name, not a URL.
+    :param input_name: the field of a form or a line that has an item.
+    :param one: the input with this name.
     :param max_bytes: limit for the unpacked size of a zip.
     :raises MalformedRequest: :raises TooManyItems: :raises TooManyBytes: :raises DuplicateClientId:
         The whole batch is invalid then.
@@ -141,8 +161,10 @@ def parse_items(
         found = _form_items(file, boundary, input_name, folder, max_image_bytes, max_bytes)
     elif kind == "zip":
         found = _zip_items(file, max_image_bytes, max_bytes)
+    elif kind == "csv":
+        found = _csv_items(file, input_name, one)
     else:
-        found = _line_items(file, input_name if is_row else "url")
+        found = _line_items(file, input_name, one if kind == "lines" else None)
     positions: dict[str, int] = {}
     for item in found:
         if item.position >= MAX_ITEMS:
@@ -155,7 +177,7 @@ def parse_items(
             )
         yield item
     if not positions:
-        raise MalformedRequest(f"The batch has no image. {_USAGE}")
+        raise MalformedRequest(f"The batch has no {one.kind}. {_USAGE if one.kind == 'image' else ''}".strip())
 
 
 def _shorten(filename: str | None) -> str:
@@ -334,32 +356,33 @@ def _zip_item(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, position: int, m
 # Lines
 
 
-def _line_items(file: IO[bytes], field: str) -> Iterator[BatchItem]:
-    position = 0
-    while line := file.readline(_MAX_LINE_BYTES + 1):
-        if len(line) > _MAX_LINE_BYTES:
-            raise MalformedRequest(f"Line {position + 1} is longer than {_MAX_LINE_BYTES} bytes.")
+def _line_items(file: IO[bytes], input_name: str, one: Input | None) -> Iterator[BatchItem]:
+    """Read lines. :param one: the input that each has; None if they have the URLs of images."""
+    position, max_bytes = 0, _MAX_LINE_BYTES + (0 if one is None else json_bytes(one))
+    while line := file.readline(max_bytes + 1):
+        if len(line) > max_bytes:
+            raise MalformedRequest(f"Line {position + 1} is longer than {max_bytes} bytes.")
         if not line.strip():
             continue
-        yield _line_item(line, position, field)
+        yield _line_item(line, position, input_name, one)
         position += 1
 
 
-def _line_item(line: bytes, position: int, field: str) -> BatchItem:
-    """Read a line. :param field: the field with the item: `url`, or that of a table row."""
+def _line_item(line: bytes, position: int, input_name: str, one: Input | None) -> BatchItem:
+    field = "url" if one is None else input_name
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise MalformedRequest(f"Line {position + 1} is not JSON.") from error
-    kind: type = str if field == "url" else dict
+    kind: type = dict if one is not None and one.kind == "row" else str
     is_valid = isinstance(found, dict) and found.keys() <= {"client_id", field} and isinstance(found.get(field), kind)
     if not is_valid or not isinstance(found.get("client_id", ""), str | int):
-        example = '"https://..."' if field == "url" else '{"column": 1.5}'
+        example = '"https://..."' if one is None else JSON_EXAMPLES[one.kind]
         raise MalformedRequest(f'Line {position + 1} is not like {{"client_id": "a", "{field}": {example}}}.')
     given = found.get("client_id")
     client_id = _client_id(None if given is None else str(given), position)
-    if field != "url":
-        return BatchItem(position=position, client_id=client_id, data=json.dumps(found[field]).encode())
+    if one is not None:
+        return _plain_item(position, client_id, one, found[field])
     url = found["url"]
     return BatchItem(
         position=position,
@@ -369,3 +392,65 @@ def _line_item(line: bytes, position: int, field: str) -> BatchItem:
         url=url,
         error=None if url else EmptyImage("The URL is empty."),
     )
+
+
+def _plain_item(position: int, client_id: str, one: Input, value: object) -> BatchItem:
+    """Make the item of a row or a text, or of the reason why it cannot be one."""
+    try:
+        return BatchItem(position=position, client_id=client_id, data=from_json(one, value))
+    except BadInput as error:
+        return BatchItem(position=position, client_id=client_id, error=error)
+
+
+# CSV
+
+
+def _csv_items(file: IO[bytes], input_name: str, one: Input) -> Iterator[BatchItem]:
+    """Read a CSV: the first line names the columns; those of a text are the input's name and perhaps `client_id`."""
+    lines = _CsvLines(file, _MAX_LINE_BYTES + json_bytes(one))
+    try:
+        header = lines.read()
+        reader = csv.reader(lines, delimiter=find_delimiter(header), strict=True)
+        names = next(csv.reader([header], delimiter=find_delimiter(header), strict=True), [])
+        # As training reads them.
+        columns = [unicodedata.normalize("NFC", name).strip() for name in names]
+        if len(set(columns)) != len(columns) or "" in columns:
+            raise MalformedRequest("The first line of the CSV must name each column, each with its own name.")
+        if one.kind == "text" and not {input_name} <= set(columns) <= {input_name, "client_id"}:
+            raise MalformedRequest(f"The CSV must have the column {input_name!r}, and may have the column 'client_id'.")
+        lines.size = position = 0
+        for cells in reader:
+            lines.size = 0
+            if not cells:
+                continue
+            row: dict[str, str] = dict(zip(columns, cells, strict=False))
+            client_id = _client_id(row.pop("client_id", None), position)
+            if len(cells) != len(columns):
+                error = NotARow(f"The line has {len(cells)} fields, and there are {len(columns)} columns.")
+                yield BatchItem(position=position, client_id=client_id, error=error)
+            else:
+                yield _plain_item(position, client_id, one, row[input_name] if one.kind == "text" else row)
+            position += 1
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise MalformedRequest(f"The CSV cannot be read ({error}). It must be UTF-8.") from error
+
+
+class _CsvLines:
+    """The lines of a CSV, of which one record may have several; its bytes are counted in `size`, which is reset."""
+
+    def __init__(self, file: IO[bytes], max_bytes: int) -> None:
+        self._file, self._max_bytes = file, max_bytes
+        self.size = 0
+        self._encoding = "utf-8-sig"
+
+    def read(self) -> str:
+        """Read a line; empty at the end. :raises MalformedRequest: the record is too long."""
+        line = self._file.readline(self._max_bytes + 1)
+        self.size += len(line)
+        if self.size > self._max_bytes:
+            raise MalformedRequest(f"A line of the CSV is longer than {self._max_bytes} bytes.")
+        encoding, self._encoding = self._encoding, "utf-8"
+        return line.decode(encoding)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.read, "")

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from provider_image import errors
+from provider_image.features.text import parse_text
 from provider_image.images.headers import MEDIA_TYPES, read_header
 from provider_image.models.catalogue import ModelFacts
 from provider_image.rows import check_columns, format_row, parse_row
@@ -83,7 +84,8 @@ class Stager:
 
         :param inputs: by name; only those that the service has.
         :return: the first input, with the others.
-        :raises BadInput: an image by its header, a row by its columns. :raises StoreError: for example `disk_reserved`.
+        :raises BadInput: an image by its header, a row by its columns, a text by its encoding.
+        :raises StoreError: for example `disk_reserved`.
         """
         checked = {name: self._check(service.inputs[name], data, row) for name, data in inputs.items()}
         first = primary_input(service)
@@ -111,6 +113,8 @@ class Stager:
             if model.columns:
                 check_columns(row, model.columns)
             return format_row(row), "application/json"
+        if one.kind == "text":
+            return parse_text(data).encode(), "text/plain"
         return data, "application/octet-stream"
 
     def stage_items(

@@ -23,7 +23,7 @@ import flask
 from flask import Request, Response
 from werkzeug.http import parse_options_header
 
-from provider_image.errors import EmptyImage, MalformedRequest, MlgError, TooManyBytes
+from provider_image.errors import EmptyImage, MalformedRequest, MlgError, NotAText, TooManyBytes
 from provider_image.service import Input, describe_inputs
 from server.auth.guard import current_key_id, get_guard
 from server.auth.limits import FairSlots, network_of
@@ -42,6 +42,8 @@ ANONYMOUS_SHARE = 16
 #: Largest body of a request that carries only fields.
 MAX_FIELD_BYTES = 8192
 _BUFFER_BYTES = 64 * 1024
+#: Kinds of inputs that may be written in JSON, with an example of each.
+JSON_EXAMPLES = {"row": '{"column": 1.5}', "text": '"some words"'}
 #: Bytes of a large body that are read at once.
 PIECE_BYTES = 1024 * 1024
 #: Bytes that are read and discarded of the body of a request that was refused, and seconds for it.
@@ -219,8 +221,8 @@ def read_upload(
 
 def input_hint(inputs: Mapping[str, Input]) -> str:
     """Say how to send the inputs of a service that are not only an image."""
-    rows = [name for name, one in inputs.items() if one.kind == "row"]
-    json_hint = f', or JSON like {{"{rows[0]}": {{"column": 1.5}}}}' if rows else ""
+    found = [(name, JSON_EXAMPLES[one.kind]) for name, one in inputs.items() if one.kind in JSON_EXAMPLES]
+    json_hint = f', or JSON like {{"{found[0][0]}": {found[0][1]}}}' if found else ""
     return f"This model takes {describe_inputs(inputs)}. Send a form with these fields{json_hint}."
 
 
@@ -264,28 +266,29 @@ def _read_fields(request: Request, active_reads: ActiveReads) -> dict[str, str]:
 
 
 def read_json(
-    request: Request, *, active_reads: ActiveReads, rows: Mapping[str, int] | None = None
+    request: Request, *, active_reads: ActiveReads, inputs: Mapping[str, Input] | None = None
 ) -> tuple[dict[str, str], dict[str, bytes], str | None]:
     """Read a request whose body is a JSON object of plain values; numbers and booleans become text.
 
-    :param rows: name of a field that holds an object, a table row -> its most bytes.
-    :return: the fields, the rows, and the digest of the body for a request with an idempotency key.
+    :param inputs: name of a field that holds a table row, an object, or a text -> the input.
+    :return: the fields, the inputs, and the digest of the body for a request with an idempotency key.
     :raises MalformedRequest: :raises TooManyBytes:
     """
-    limit = MAX_FIELD_BYTES + sum((rows or {}).values())
+    inputs = inputs or {}
+    limit = MAX_FIELD_BYTES + sum(map(json_bytes, inputs.values()))
     found, digest = read_object(request, limit, active_reads=active_reads)
     fields: dict[str, str] = {}
-    given_rows: dict[str, bytes] = {}
+    given: dict[str, bytes] = {}
     for name, value in found.items():
-        if rows and name in rows:
-            given_rows[name] = json.dumps(value).encode()
+        if name in inputs:
+            given[name] = from_json(inputs[name], value)
         elif not isinstance(value, str | int | float):
             raise MalformedRequest(f"{name[:64]!r} must be a string, a number, true or false.")
         else:
             fields[name] = value if isinstance(value, str) else json.dumps(value)
             if any(unicodedata.category(character) == "Cs" for character in fields[name]):
                 raise MalformedRequest(f"{name[:64]!r} has half of a character (a lone surrogate).")
-    return fields, given_rows, digest
+    return fields, given, digest
 
 
 def read_object(request: Request, max_bytes: int, *, active_reads: ActiveReads) -> tuple[dict[str, Any], str | None]:
@@ -308,6 +311,26 @@ def read_bytes(request: Request, max_bytes: int, *, active_reads: ActiveReads) -
     """Read a whole body. :return: it, and its digest for a request with an idempotency key. :raises TooManyBytes:"""
     body = _read_body(request, max_bytes, max_bytes, active_reads)
     return body, _digest(request, body)
+
+
+def json_bytes(one: Input) -> int:
+    """Return the most bytes of an input that is written as JSON, where six may stand for a character of two."""
+    return one.max_bytes * (3 if one.kind == "text" else 1)
+
+
+def from_json(one: Input, value: object) -> bytes:
+    """Return the bytes of an input that came as JSON: a row as an object, a text as a string.
+
+    :raises NotAText: it is no string, or has half of a character.
+    """
+    if one.kind == "row":
+        return json.dumps(value).encode()
+    if not isinstance(value, str):
+        raise NotAText("The text must be a string.")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise NotAText("The text has half of a character (a lone surrogate).") from error
 
 
 def query_fields(request: Request, *, repeatable: str | None = None) -> dict[str, str]:

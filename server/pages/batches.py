@@ -16,6 +16,7 @@ from server.auth.guard import visible_key_id
 from server.context import Views
 from server.endpoint import PAGES, operation
 from server.pages.cards import STATE_LABELS
+from server.pages.plain_inputs import read_excerpts
 from server.pages.render import page, url_with_query
 from server.pages.requests import CARDS_PER_PAGE, check_state
 from store.batches import BatchRecord
@@ -109,6 +110,7 @@ class BatchPageViews(Views):
             rejected=store.batches.refused_items(batch.id)[:MAX_REJECTED] if batch.refused else [],
             downloads=[(f"/batches/{batch.id}/{name}", label) for name, label in _DOWNLOADS],
             items=items,
+            excerpts=read_excerpts(self._context, items),
             state=state or "",
             states=[("", "all", batch.total), *(entry for entry in counts if entry[2] or entry[0] == state)],
             more=None if more is None else url_with_query(url, more),

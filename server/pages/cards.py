@@ -40,17 +40,37 @@ class Step:
     kind: str = "done"
 
 
+#: Services whose answers have labels.
+_WITH_LABELS = ("classification", "table", "text")
+
+
 def best_class(request: RequestRecord) -> tuple[str, str, float] | None:
-    """Return the most likely class of a result: id, name, probability; None without a result of a classification."""
+    """Return the most likely class of a result: id, name, probability; None without labels."""
     return next(iter(top_classes(request, 1)), None)
 
 
 def top_classes(request: RequestRecord, top: int = TOP_CLASSES) -> list[tuple[str, str, float]]:
-    """Return the most likely classes of a result: id, name, probability; none without a result of a classification."""
-    if request.state is not RequestState.DONE or request.service != "classification":
+    """Return the most likely classes of a result: id, name, probability; none without labels."""
+    if request.state is not RequestState.DONE or request.service not in _WITH_LABELS:
         return []
     payload = load_service(request.service).view(request.output, {**request.params, "top": top})
-    return [(str(row[0]), str(row[1]), float(row[2])) for row in payload]
+    rows = payload.get("labels", []) if isinstance(payload, Mapping) else payload
+    # A row of a table's or a text's answer has no id.
+    return [(str(row[0]), str(row[-2]), float(row[-1])) for row in rows]
+
+
+def number_of(request: RequestRecord) -> float | None:
+    """Return the number of a regression; None without one."""
+    value = request.output.get("value") if isinstance(request.output, Mapping) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if request.state is RequestState.DONE and is_number else None
+
+
+def deciding_words(request: RequestRecord) -> list[tuple[str, float]]:
+    """Return the words that decided the answer for a text, and what each adds to it; strongest first."""
+    if request.state is not RequestState.DONE or request.service != "text":
+        return []
+    return [(str(word), float(number)) for word, number in request.output["words"]]
 
 
 def timeline(request: RequestRecord, payload: Mapping[str, Any]) -> Sequence[Step]:

@@ -29,7 +29,7 @@ class HomeViews(Views):
         is_index = flask.request.endpoint == "index" and flask.request.method in ("GET", "HEAD")
         if not is_index or not wants_page():
             return None
-        models = serialize_models(self._context.settings.models)
+        models = [model for model in serialize_models(self._context.settings.models) if model["input"] == "image"]
         ready = sorted(
             (model for model in models if model["installed"] or model["builds_on_first_use"]),
             key=lambda model: not model["installed"],

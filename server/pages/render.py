@@ -26,7 +26,7 @@ from server.api.responses import error_response, wants_page
 from server.auth.guard import current_key, get_guard
 from server.context import Views
 from server.endpoint import PAGES, operation
-from server.pages.cards import STATE_LABELS, best_class
+from server.pages.cards import STATE_LABELS, best_class, number_of
 from server.serializers import is_image
 from server.status.eta import format_duration
 from store.amounts import to_amount
@@ -152,6 +152,8 @@ def _environment() -> jinja2.Environment:
         amount=to_amount,
         best=best_class,
         is_image=is_image,
+        number=number_of,
+        figure=_format_number,
         percent=_format_percent,
         duration=format_duration,
         bytes=_format_bytes,
@@ -185,6 +187,11 @@ def _format_percent(share: float) -> str:
     if 99.9 < percent < 100:
         return "> 99.9 %"
     return f"{percent:.1f} %"
+
+
+def _format_number(number: float) -> str:
+    """Format the number of a regression with six digits: 3.72."""
+    return f"{number:.6g}"
 
 
 def _format_bytes(count: float) -> str:

@@ -16,7 +16,8 @@ from server.api.query import parse_cursor
 from server.auth.guard import visible_key_id
 from server.context import Views
 from server.endpoint import PAGES, operation
-from server.pages.cards import STATE_LABELS, timeline, top_classes
+from server.pages.cards import STATE_LABELS, deciding_words, timeline, top_classes
+from server.pages.plain_inputs import read_excerpts, read_plain_input
 from server.pages.render import page, url_with_query
 from server.serializers import serialize_models
 from store.clients.keys import Scope
@@ -51,6 +52,7 @@ class RequestPageViews(Views):
         return page(
             "requests.html",
             items=shown,
+            excerpts=read_excerpts(self._context, shown),
             q=fields["q"],
             state=fields["state"],
             model=fields["model"],
@@ -126,6 +128,8 @@ class RequestPageViews(Views):
             notice=notice,
             item=request,
             preds=top_classes(request),
+            words=deciding_words(request),
+            plain=read_plain_input(self._context, request),
             output=json.dumps(shown["preds"], indent=2, ensure_ascii=False),
             is_unknown=shown.get("unknown", False),
             files=shown.get("files", {}),

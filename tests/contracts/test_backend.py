@@ -19,10 +19,12 @@ from provider_image.backends import REGISTRY, Device, load_net
 from provider_image.errors import BrokenArtefact, ConfigError, InferenceFailed
 from provider_image.models.artefact import compute_digest, find_artefact, read_artefact
 from tests.extensions import install_extension_models
+from tests.linear_models import install_linear_models
 
 #: Backend -> (model, shape of its input, type of its input).
 ARTEFACTS: dict[str, tuple[str, tuple[int, ...], type[np.generic]]] = {
     "openvino": ("efficientnet_lite0", (224, 224, 3), np.uint8),
+    "linear": ("iris_table", (4,), np.float64),
     "affine": ("iris_means", (4,), np.float32),
 }
 #: Two machines may differ by this much, and a batch from its items.
@@ -36,7 +38,7 @@ def registered(registered_extensions: Path) -> None:
 
 @pytest.fixture(scope="module")
 def models(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = install_extension_models(tmp_path_factory.mktemp("models"))
+    folder = install_linear_models(install_extension_models(tmp_path_factory.mktemp("models")))
     (folder / "efficientnet_lite0").symlink_to(models_folder / "efficientnet_lite0")
     return folder
 

@@ -19,12 +19,12 @@ from provider_image.precision import TOLERANCE
 from provider_image.service import Output, are_inputs, check_files, check_params, describe_inputs, primary_input
 from provider_image.services import REGISTRY, load_service
 from tests.extensions import TEST_SERVICES, install_extension_models, sample_inputs
+from tests.linear_models import LINEAR_PAIRS, RENT_ROW, install_linear_models
 from tests.trained_models import RATINGS
 
 NAMES = sorted({*REGISTRY, *TEST_SERVICES})
 PAIRS = [(row.service, row.name) for row in CATALOGUE.values() if can_build_now(row)]
-PAIRS += [(service, model) for service, model in TEST_SERVICES.items()]
-PAIRS += [("regression", RATINGS)]
+PAIRS += [*TEST_SERVICES.items(), ("regression", RATINGS), *LINEAR_PAIRS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,6 +45,8 @@ class Answered:
         self.artefact = ensure_installed(models, model)
         self.net = self.service.load(self.artefact, Device(threads=1))
         self.inputs = sample_inputs(self.service, photos)
+        if model == "rent":
+            self.inputs = {"row": json.dumps(RENT_ROW).encode()}
         self.params = check_params(self.service.params, {})
         self.output = self.run()
 
@@ -66,6 +68,8 @@ def answered(request, photos, tmp_path_factory):
     name, model = request.param
     if name in TEST_SERVICES:
         models = install_extension_models(tmp_path_factory.mktemp("models"))
+    elif (name, model) in LINEAR_PAIRS:
+        models = install_linear_models(tmp_path_factory.mktemp("models"))
     else:
         is_trained = model not in CATALOGUE
         models = request.getfixturevalue("trained_models_folder" if is_trained else "embedding_models_folder")
@@ -91,7 +95,7 @@ def test_service_describes_itself(service):
 def test_inputs_and_outputs_are_described(service):
     assert not service.inputs[primary_input(service)].is_optional
     for one in service.inputs.values():
-        assert one.kind in ("image", "row", "file") and one.help.endswith(".")
+        assert one.kind in ("image", "row", "text", "file") and one.help.endswith(".")
         assert one.media_types and one.max_bytes > 0
     for one in service.outputs.values():
         assert one.help.endswith(".") and one.max_bytes > 0 and "/" in one.media_type
@@ -149,6 +153,8 @@ def test_output_fits_its_schema(answered):
 
 def fits(value, schema) -> bool:
     """Check against the part of JSON Schema that services use."""
+    if isinstance(schema["type"], list):  # the words for lists and for objects do not touch each other
+        return any(fits(value, {**schema, "type": one}) for one in schema["type"])
     kinds = {"array": list, "object": dict, "string": str, "number": (int, float), "integer": int}
     kind = kinds[schema["type"]]
     if not isinstance(value, kind):
@@ -163,7 +169,10 @@ def fits(value, schema) -> bool:
             and ("items" not in schema or all(fits(each, schema["items"]) for each in value))
         )
     if schema["type"] == "object":
-        return all(fits(value[name], part) for name, part in schema["properties"].items())
+        required = schema.get("required", ())
+        return all(name in value for name in required) and all(
+            fits(value[name], part) for name, part in schema["properties"].items() if name in value
+        )
     return True
 
 
@@ -208,6 +217,7 @@ def test_resized_image_gives_the_same_output_and_is_smaller(answered):
 
 UNUSABLE = [
     b"",
+    b" \n",
     b"text",
     b"\xff\xd8\xff",
     b"GIF89a",
@@ -222,9 +232,16 @@ UNUSABLE = [
 @pytest.mark.parametrize("data", UNUSABLE)
 def test_input_of_another_kind_is_bad_input(answered, data):
     for name, one in answered.service.inputs.items():
-        if one.kind != "file":
+        if one.kind in ("image", "row") or (one.kind == "text" and not is_text(data)):
             with pytest.raises(BadInput):
                 answered.prepare({**answered.inputs, name: data})
+
+
+def is_text(data):
+    try:
+        return bool(data.decode().strip())
+    except UnicodeDecodeError:
+        return False
 
 
 @pytest.mark.parametrize("data", UNUSABLE)
@@ -278,6 +295,109 @@ def test_equal_outputs_do_not_differ(answered):
 def copied(output):
     """A copy as it comes out of a results file."""
     return Output(data=json.loads(json.dumps(output.data)), files=dict(output.files))
+
+
+# Tables and texts
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory, photos):
+    models = install_linear_models(tmp_path_factory.mktemp("models"))
+    return {model: Answered(service, model, models, photos) for service, model in LINEAR_PAIRS}
+
+
+@pytest.mark.parametrize(
+    ("row", "value"),
+    [
+        ({"area": 50, "city": "Bonn"}, 650),
+        ({"area": "50.0", "city": " Bonn "}, 650),
+        ({"area": 40, "city": None}, 400),
+        ({"area": None, "city": "Köln"}, 550),
+        ({"area": "", "city": "n/a"}, 350),
+        ({"area": 42, "city": "Paris"}, 445),
+    ],
+)
+def test_row_is_answered_with_the_number_that_its_columns_add_up_to(linear, row, value):
+    found = linear["rent"].run(inputs={"row": json.dumps(row).encode()})
+
+    assert found.data == {"value": value}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"area": "large", "city": "Bonn"}, "'area' takes a number or null, not 'large'"),
+        ({"area": True, "city": "Bonn"}, "takes a number"),
+        ({"area": "inf", "city": "Bonn"}, "takes a number"),
+        ({"area": 10**400, "city": "Bonn"}, "takes a number"),
+        ({"area": 1e300, "city": "Bonn"}, "too far"),
+        ({"area": 50}, "Missing: city"),
+        ({"area": 50, "city": "Bonn", "floor": 1}, "Unknown: floor"),
+    ],
+)
+def test_row_that_does_not_fit_the_columns_is_bad_input(linear, row, words):
+    with pytest.raises(BadInput, match=words):
+        linear["rent"].prepare({"row": json.dumps(row).encode()})
+
+
+def test_labels_of_a_row_are_those_of_the_nearest_species(linear):
+    assert [label for label, _ in linear["iris_table"].output.data] == ["versicolor", "virginica", "setosa"]
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda data: data.pop("words"),
+        lambda data: data.update(more=1),
+        lambda data: data.update(value=float("nan")),
+        lambda data: data.update(value=True),
+        lambda data: data.update(value="3"),
+        lambda data: data.update(value=10**400),
+        lambda data: data["words"].append(data["words"][0]),
+        lambda data: data["words"].reverse(),
+        lambda data: data["words"][0].__setitem__(0, "a word that the model does not know"),
+        lambda data: data["words"][0].__setitem__(0, ["awful"]),
+        lambda data: data["words"][0].__setitem__(1, float("inf")),
+        lambda data: data["words"][0].append(1),
+        lambda data: data["words"].extend([[word, 0.0] for word in "abcdefgh"]),
+        lambda data: data.update(words={}),
+    ],
+)
+def test_forged_answer_for_a_text_is_refused(linear, forge):
+    forged = copied(linear["stars"].output)
+    forge(forged.data)
+
+    with pytest.raises(MalformedResults):
+        linear["stars"].check(forged)
+
+
+@pytest.mark.parametrize("model", ["mood", "stars"])
+def test_words_add_up_to_the_answer_for_a_text(linear, model):
+    data = linear[model].output.data
+
+    added = sum(number for _, number in data["words"])
+    # "not good" is in the text, and so is "good".
+    assert {"wonderful", "not good", "good", "喜欢"} <= {word for word, _ in data["words"]}
+    if model == "stars":
+        assert data["value"] == pytest.approx(3 + added, abs=1e-6)
+    else:
+        (best, probability), _ = data["labels"]
+        assert math.log(probability / (1 - probability)) == pytest.approx(added, abs=1e-4)
+        assert best == "good"
+
+
+def test_changed_words_of_an_answer_show(linear):
+    answered = linear["mood"]
+    other = copied(answered.output)
+    other.data["words"][0][1] *= 1.01
+
+    assert answered.service.compare(answered.output, other, TOLERANCE).largest == pytest.approx(0.01, rel=0.02)
+    other.data["words"] = []
+    assert answered.service.compare(answered.output, other, TOLERANCE).largest == 1.0
+
+
+def test_text_without_a_known_word_is_answered_without_words(linear):
+    assert linear["stars"].run(inputs={"text": b"Xyzzy!"}).data == {"value": 3.0, "words": []}
 
 
 # Classification

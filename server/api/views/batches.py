@@ -30,7 +30,7 @@ from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.staging import StagedItem
 from server.intake.uploads import query_fields
 from server.record_json import fields, given_fields, to_json
-from server.serializers import parse_read_params
+from server.serializers import is_image, parse_read_params
 from store.batches import BatchRecord
 from store.clients.keys import Scope
 from store.requests import RequestRecord
@@ -40,7 +40,7 @@ from store.states import RequestState
 RESULTS_PER_READ = 200
 _CSV_COLUMNS = (
     "client_id", "req_id", "name", "status", "label_id", "label", "probability", "code", "reason", "cached",
-    "provider", "seconds", "cost", "finished_at", "cursor",
+    "provider", "seconds", "cost", "finished_at", "cursor", "value",
 )  # fmt: skip
 _BATCH = "Batch"
 _NAME = Field(name="name", help="Your name for the batch; only shown.")
@@ -72,9 +72,14 @@ class BatchViews(Views):
             "application/zip": _BINARY,
             "application/jsonl": {
                 "type": "object",
-                "properties": {"client_id": {"type": "string"}, "url": {"type": "string", "format": "uri"}},
-                "required": ["url"],
+                "properties": {
+                    "client_id": {"type": "string"},
+                    "url": {"type": "string", "format": "uri"},
+                    "row": {"type": "object"},
+                    "text": {"type": "string"},
+                },
             },
+            "text/csv": {"type": "string", "description": "Table rows or texts, below a line of column names."},
         },
         responses={202: "BatchSubmitted"},
         errors=(411,),
@@ -164,13 +169,14 @@ class BatchViews(Views):
         content_type="text/csv",
     )
     def results_csv(self, id: str) -> flask.Response:
-        """Write the requests that have ended, one row each, with the most likely label."""
+        """Write the requests that have ended, one row each, with the most likely label or the number."""
         batch, after, params = self._parse_results_query(id)
 
         def lines() -> Iterator[str]:
             yield _csv_line(_CSV_COLUMNS)
             for shown in self._results(batch, after, params):
                 shown |= dict(zip(("label_id", "label", "probability"), _top_prediction(shown["preds"]), strict=True))
+                shown["value"] = shown["preds"].get("value") if isinstance(shown["preds"], dict) else None
                 yield _csv_line([to_cell(shown.get(name)) for name in _CSV_COLUMNS])
 
         return _download(lines(), "text/csv; charset=utf-8")
@@ -187,7 +193,7 @@ class BatchViews(Views):
         found = self._store.batches.items(id, limit=SHEET_ITEMS)
         cells = [
             (
-                request.image_sha256 if request.image_deleted_at is None else None,
+                request.image_sha256 if request.image_deleted_at is None and is_image(request) else None,
                 _sheet_lines(request, self._context.serialize(request)["preds"]),
             )
             for request in found
@@ -263,9 +269,10 @@ def show_item(one: StagedItem) -> dict[str, Any]:
 
 
 def _top_prediction(preds: Any) -> tuple[Any, Any, Any]:
-    """Return the first row of a classification; three times None if it is not a list of rows of three."""
-    if isinstance(preds, list) and preds and isinstance(preds[0], list | tuple) and len(preds[0]) == 3:
-        return preds[0][0], preds[0][1], preds[0][2]
+    """Return id, name and probability of the most likely label; three times None if there are no labels."""
+    rows = preds.get("labels") if isinstance(preds, dict) else preds
+    if isinstance(rows, list) and rows and isinstance(rows[0], list | tuple) and len(rows[0]) in (2, 3):
+        return (None, *rows[0]) if len(rows[0]) == 2 else tuple(rows[0])
     return None, None, None
 
 

@@ -27,7 +27,9 @@ _URL_SCHEMA = {
     "format": "uri",
     "description": "https only, if the server fetches images.",
 }
-_ROW_SCHEMAS = {name: schema for name, schema in input_schemas().items() if schema["type"] == "object"}
+_TEXT_SCHEMA = {"type": "string", "description": "A text, as UTF-8."}
+#: What can be written in JSON.
+_JSON_SCHEMAS = {"url": _URL_SCHEMA} | {name: one for name, one in input_schemas().items() if "format" not in one}
 
 
 class PredictionViews(Views):
@@ -35,14 +37,15 @@ class PredictionViews(Views):
 
     @operation(
         "POST /requestPrediction/<model>",
-        "Send an image",
+        "Send an image, a table row or a text",
         Scope.SUBMIT,
         query=(*service_fields(), FRESH, WEBHOOK, *REQUEST_OPTIONS),
         body={
             "multipart/form-data": form_schema((*service_fields(), FRESH, WEBHOOK), input_schemas()),
             "image/*": _IMAGE_SCHEMA,
             "application/octet-stream": _IMAGE_SCHEMA,
-            "application/json": form_schema((*service_fields(), FRESH, WEBHOOK), {"url": _URL_SCHEMA, **_ROW_SCHEMAS}),
+            "text/plain": _TEXT_SCHEMA,
+            "application/json": form_schema((*service_fields(), FRESH, WEBHOOK), _JSON_SCHEMAS),
         },
         responses={202: "Submitted"},
     )

@@ -17,6 +17,7 @@ from typing import Any
 import flask.testing
 import pytest
 
+from provider_image.services import load_service
 from server.app import create_app
 from server.intake.batch_parser import parse_items
 from server.settings import ServerSettings
@@ -25,6 +26,7 @@ from store.store import Store
 
 URL = "/requestPredictions/efficientnet_lite0"
 Post = Callable[..., Any]
+IMAGE = load_service("classification").inputs["image"]
 
 
 def zipped(*entries: tuple[str, bytes], **options: Any) -> bytes:
@@ -132,7 +134,11 @@ def test_what_follows_a_form_is_not_kept_in_memory(tmp_path: Path) -> None:
     file = io.BytesIO(head + bytes(10_000_000))
     tracemalloc.start()
     try:
-        items = list(parse_items(file, "form", "b", folder=tmp_path, max_image_bytes=1_000_000, max_bytes=100_000_000))
+        items = list(
+            parse_items(
+                file, "form", "b", "image", IMAGE, folder=tmp_path, max_image_bytes=1_000_000, max_bytes=100_000_000
+            )
+        )
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -191,7 +191,7 @@ def test_the_description_names_every_input(client: flask.testing.FlaskClient) ->
     # Built from the registry when the views were declared, so the registry's schemas are asked for.
     from server.endpoint import input_schemas
 
-    assert input_schemas().keys() == {"image", "row", "note"}
+    assert input_schemas().keys() == {"image", "row", "note", "text"}
     assert input_schemas()["row"]["type"] == "object"
 
 
@@ -321,7 +321,7 @@ def test_pages_show_requests_of_other_services(client: flask.testing.FlaskClient
     finish(store, [each for each in claim(store) if each.model == "sepia"])
     headers = {"Accept": "text/html"}
 
-    assert "This request has no image." in client.get(f"/ui/requests/{row}", headers=headers).text
+    assert '<th scope="row">petal_length</th><td>6.0</td>' in client.get(f"/ui/requests/{row}", headers=headers).text
     assert f"/requests/{image}/files/poster.png" in client.get(f"/ui/requests/{image}", headers=headers).text
     gallery = client.get("/ui/requests", headers=headers).text
     assert f"/requests/{image}/picture" in gallery and f"/requests/{row}/picture" not in gallery
