@@ -56,22 +56,47 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     "Install a custom classifier, saved with Keras 3, as MODEL. No code in the file is executed.",
     metavar="FILE.keras",
 )
-@file_option("--labels", "With --keras: one line per class in the model's order: a name, or an id, a tab and a name.")
+@file_option(
+    "--onnx",
+    "Install a custom classifier, saved as ONNX, as MODEL. Needs the extra [onnx].",
+    metavar="FILE.onnx",
+)
+@file_option(
+    "--labels",
+    "With --keras or --onnx: one line per class in the model's order: a name, or an id, a tab and a name. With a model "
+    "of the list: other names for its classes, as in mlg models labels.",
+)
 @click.option(
     "--preprocessing",
     type=click.Choice(["none", "unit", "tf", "torch", "caffe"]),
-    help="With --keras: pixel values that the model expects. none: 0 to 255 (it scales them itself), unit: 0 to 1, "
-    "tf: -1 to 1, torch, caffe: as in keras.applications. [default: none]",
+    help="With --keras or --onnx: pixel values that the model expects. none: 0 to 255 (it scales them itself), unit: 0 "
+    "to 1, tf: -1 to 1, torch, caffe: as in keras.applications. [default: what an ONNX file states, or none]",
 )
-@click.option("--title", metavar="TEXT", help="With --keras: the name for people. [default: MODEL]")
+@click.option("--title", metavar="TEXT", help="With --keras or --onnx: the name for people. [default: MODEL]")
 @click.option(
     "--size",
     metavar="HxW",
     callback=_size,
-    help="With --keras: height and width of the input, if the model does not fix them.",
+    help="With --keras or --onnx: height and width of the input, if the model does not fix them.",
+)
+@click.option(
+    "--returns",
+    type=click.Choice(["probabilities", "logits"]),
+    help="With --keras or --onnx: what the model returns; a softmax is added to logits. [default: found out]",
+)
+@click.option(
+    "--channels",
+    type=click.Choice(["rgb", "bgr"]),
+    help="With --onnx: order of the channels that the model expects. [default: what the file states, or rgb]",
 )
 def compile_models(
-    weights: Path | None, out: Path | None, again: bool, f16_within: float | None, names: Sequence[str], **custom: Any
+    weights: Path | None,
+    out: Path | None,
+    again: bool,
+    f16_within: float | None,
+    names: Sequence[str],
+    labels: Path | None,
+    **custom: Any,
 ) -> None:
     """Install models. Builds their artefacts from their weights.
 
@@ -88,6 +113,8 @@ def compile_models(
       mlg models compile densenet121 resnet50
       mlg models compile all --weights ~/keras-weights
       mlg models compile my_pets --keras pets.keras --labels pets.txt
+      mlg models compile my_cars --onnx cars.onnx --labels cars.txt --preprocessing torch
+      mlg models compile resnet50 --labels german.tsv
       mlg models compile my_pets_embedding
     """
     variables = environment()
@@ -97,9 +124,9 @@ def compile_models(
     from provider_image.models.registry import find_row
 
     models = (out or settings.models).absolute()
-    custom_model = _custom_model(names, weights, **custom)
+    custom_model = _custom_model(names, weights, labels=labels, **custom)
     if custom_model is not None:
-        click.echo(_installed_message(_build_custom(custom_model, models, f16_within)))
+        click.echo(installed_message(_build_custom(custom_model, models, f16_within)))
         return
     is_all = [name.lower() for name in names] == ["all"]
     rows: list[ModelFacts] = [row for row in CATALOGUE.values() if row.base is None]
@@ -107,11 +134,17 @@ def compile_models(
         rows = [find_row(models, name) for name in names]
     if weights is not None and weights.is_file() and len(rows) > 1:
         raise click.UsageError("--weights FILE is for one model; for several give a folder.")
+    if labels is not None and len(rows) > 1:
+        raise click.UsageError("--labels FILE is for one model.")
     sources = WeightsSources.from_env(variables, given=weights)
     failures = 0
     for row in rows:
         try:
             artefact = _build(row, models, sources, again=again, f16_within=f16_within)
+            if labels is not None:
+                from provider_image.compiler.class_names import replace_names
+
+                artefact = replace_names(models, row.name, labels)
         except CompilerMissing:
             raise  # the other models would fail in the same way
         except MlgError as error:
@@ -120,7 +153,7 @@ def compile_models(
             click.echo(f"mlg: {row.name}: {error.reason}", err=True)
             failures += 1
         else:
-            click.echo(_installed_message(artefact))
+            click.echo(installed_message(artefact))
     if failures:
         raise NotInstalled(f"{failures} of {len(rows)} models were not installed; see the lines above.")
 
@@ -137,7 +170,7 @@ def _build(
         classifier = CATALOGUE.get(row.base)
         is_given = again or sources.given is not None
         if classifier is not None and (is_given or installed_digest(models, classifier.name) is None):
-            click.echo(_installed_message(_build(classifier, models, sources, again=again, f16_within=f16_within)))
+            click.echo(installed_message(_build(classifier, models, sources, again=again, f16_within=f16_within)))
         return confined.build(
             "provider_image.compiler.embedding:build",
             models,
@@ -173,32 +206,46 @@ def _build(
 
 
 def _custom_model(
-    names: Sequence[str], weights: Path | None, *, keras: Path | None, labels: Path | None, **more: Any
+    names: Sequence[str],
+    weights: Path | None,
+    *,
+    keras: Path | None,
+    onnx: Path | None,
+    labels: Path | None,
+    **more: Any,
 ) -> CustomModel | None:
     """Return the custom model that the options describe, if any. :raises click.UsageError: they do not fit."""
     given = {name: value for name, value in more.items() if value is not None}
-    if keras is None:
-        unused = [*(["labels"] if labels is not None else []), *given]
-        if unused:
-            raise click.UsageError(f"--{unused[0]} is for custom models: give its file with --keras FILE.")
+    file, option = (keras, "--keras") if onnx is None else (onnx, "--onnx")
+    if file is None:
+        if given:
+            raise click.UsageError(
+                f"--{next(iter(given))} is for custom models: give its file with --keras FILE or --onnx FILE."
+            )
         return None
+    if None not in (keras, onnx):
+        raise click.UsageError("--keras and --onnx exclude each other: a model has one file.")
+    if "channels" in given and onnx is None:
+        raise click.UsageError("--channels is for --onnx FILE: models of Keras take RGB.")
     if labels is None:
-        raise click.UsageError("--keras FILE needs --labels FILE: one line per class, in the model's order.")
+        raise click.UsageError(f"{option} FILE needs --labels FILE: one line per class, in the model's order.")
     if weights is not None:
-        raise click.UsageError("--weights is for models of the catalogue; a --keras FILE contains its weights.")
+        raise click.UsageError(f"--weights is for models of the catalogue; {option} FILE contains its weights.")
     if len(names) != 1 or names[0].lower() == "all":
-        raise click.UsageError("--keras FILE installs one model. Give it one name, for example: my_pets")
+        raise click.UsageError(f"{option} FILE installs one model. Give it one name, for example: my_pets")
     from provider_image.compiler.custom import CustomModel
 
-    return CustomModel(name=names[0], file=keras, labels=labels, **given)
+    kind, weights_folder = option.removeprefix("--"), None if onnx is None else onnx.parent
+    return CustomModel(name=names[0], file=file, kind=kind, labels=labels, weights_folder=weights_folder, **given)
 
 
 def _build_custom(custom: CustomModel, models: Path, f16_within: float | None) -> Artefact:
     from provider_image.compiler import confined
+    from provider_image.compiler.custom import BUILDERS
     from provider_image.precision import TOLERANCE
 
     return confined.build(
-        "provider_image.compiler.custom:build",
+        BUILDERS[custom.kind],
         models,
         custom.name,
         custom,
@@ -207,16 +254,19 @@ def _build_custom(custom: CustomModel, models: Path, f16_within: float | None) -
     )
 
 
-def _installed_message(artefact: Artefact) -> str:
+def installed_message(artefact: Artefact) -> str:
+    """Say what was installed where."""
     storage, kept = artefact.storage, artefact.precision
     facts = f"digest {artefact.digest[:12]}, {artefact.size_bytes / 1e6:.1f} MB as {kept}"
     if artefact.dimensions:
         facts = f"a vector of {artefact.dimensions} values, {facts}"
-    if storage is not None:  # None for the embedding of a model that has f16
+    if storage is not None:  # None for the embedding of a model that has f16, and for other backends
         other, change = ("f32", "without") if kept == "f16" else ("f16", "with")
         other_bytes = storage.f32_bytes if kept == "f16" else storage.f16_bytes
         facts += f"; {other_bytes / 1e6:.1f} MB as {other}, "
         facts += f"{change} f16 results differ by up to {storage.largest_difference:.1g}"
+    if artefact.backend != "openvino":
+        facts += f", runs on {artefact.backend}"
     return f"{artefact.name} is installed in {artefact.folder} ({facts})"
 
 

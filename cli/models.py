@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
-from cli.compile import compile_models
+from cli.compile import compile_models, installed_message
 from cli.options import environment, home_option, json_option
 from cli.tables import make_table, print_json_lines, print_table, width
 from provider_image.models.catalogue import EMBEDDING_SUFFIX
@@ -70,6 +71,46 @@ def list_models(as_json: bool) -> None:
 
 
 models.add_command(compile_models)
+
+
+@models.command("labels")
+@home_option
+@click.option(
+    "--as", "copy_as", metavar="NAME", help="Install a copy with the other names as NAME; MODEL stays as it is."
+)
+@click.option("--title", metavar="TEXT", help="With --as: the copy's name for people. [default: NAME]")
+@click.argument("name", metavar="MODEL")
+@click.argument("file", required=False, metavar="[FILE]", type=click.Path(path_type=Path))
+def label_models(copy_as: str | None, title: str | None, name: str, file: Path | None) -> None:
+    """List the classes of an installed model, or give them other names, for example in another language.
+
+    FILE has a name a line in the model's order, or, in any order, an id, a tab and a name. Without FILE the ids and
+    names are written in that form. With other names it is another artefact, with another digest: earlier answers are
+    not used for it, and rented computers need an image with it. `mlg models compile MODEL --again` brings the first
+    names back.
+
+    \b
+    Example:
+      mlg models labels resnet50 > names.tsv
+      mlg models labels resnet50 german.tsv
+      mlg models labels resnet50 german.tsv --as resnet50_german
+    """
+    settings = HomeSettings.from_env(environment())
+    from provider_image.models.artefact import read_artefact
+    from provider_image.models.registry import find_row
+
+    model = find_row(settings.models, name).name
+    if file is None:
+        if copy_as is not None:
+            raise click.UsageError("--as NAME needs FILE, the names of the copy's classes.")
+        for label in read_artefact(settings.models / model).labels:
+            click.echo("\t".join(label))
+        return
+    if title is not None and copy_as is None:
+        raise click.UsageError("--title is for the copy that --as NAME makes.")
+    from provider_image.compiler.class_names import replace_names
+
+    click.echo(installed_message(replace_names(settings.models, model, file, copy_as=copy_as, title=title)))
 
 
 @models.command("check")

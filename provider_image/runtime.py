@@ -244,7 +244,12 @@ def _result(reader: ChunkReader, number: int, outcome: Output | Exception, secon
 def versions() -> dict[str, str]:
     """Return program -> version of Python and of those libraries that are loaded; imports nothing."""
     found = {"python": sys.version.split()[0]}
-    for package, name in (("openvino", "openvino"), ("numpy", "numpy"), ("PIL", "pillow")):
+    for package, name in (
+        ("openvino", "openvino"),
+        ("onnxruntime", "onnxruntime"),
+        ("numpy", "numpy"),
+        ("PIL", "pillow"),
+    ):
         version = getattr(sys.modules.get(package), "__version__", None)
         if version is not None:
             found[name] = str(version)[:100]

@@ -41,6 +41,11 @@ def use_files(models: Path, given: Path, *, on_step: Step) -> None:
     raise UnsuitableModel(" ".join(found))
 
 
+def name_folder(models: Path, *, on_step: Step) -> None:
+    """Report the folder for relative paths."""
+    raise UnsuitableModel(str(Path.cwd()))
+
+
 def take_memory(models: Path, *, on_step: Step) -> None:
     """Take more memory than is allowed."""
     bytearray(1 << 31)

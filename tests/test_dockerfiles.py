@@ -115,7 +115,8 @@ def test_the_provider_build_installs_tensorflow_only_to_compile_keras_models() -
     commands = " ".join(stages(PROVIDER)["builder"])
 
     assert re.search(r"""case .* in \*" keras "\*\) extra='\[compile\]' ;; \*\) extra='' ;; esac""", commands)
-    assert "numpy openvino pillow" in commands and "--no-deps" in commands
+    assert "numpy openvino pillow ${BACKENDS} " in commands and "--no-deps" in commands
+    assert "ARG BACKENDS=" in stages(PROVIDER)["builder"]
 
 
 def test_the_provider_image_ships_without_the_compiler() -> None:

@@ -30,6 +30,8 @@ from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.registry import find_custom_name, find_row
 
 _TAG = re.compile(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9]:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+#: Backends that the image gets only for models that need them; named as their packages.
+_BACKEND_PACKAGES = {"onnxruntime"}
 #: What Golem's runtime for images runs, as engines name it.
 _ARCHITECTURE = "amd64"
 #: Messages of gvmkit-build when it is not logged in, or cannot store a token.
@@ -128,6 +130,9 @@ def build_image(
         context, artefacts = Path(folder, "context"), Path(folder, "artefacts")
         make_context(context, weights=weights, artefacts=copied_artefacts)
         arguments = {"MODEL": ",".join(names), "VERSION": _version()}
+        backends = {artefact.backend for artefact in copied_artefacts} & _BACKEND_PACKAGES
+        if backends:
+            arguments["BACKENDS"] = " ".join(sorted(backends))
         if base is not None:
             arguments["BASE"] = base
         engine.build(context, arguments, "--target", "artefacts", "--output", f"type=local,dest={artefacts}")

@@ -26,6 +26,7 @@ REGISTRY = Extensions(
     BACKENDS,
     {
         "openvino": "provider_image.backends.openvino:load_net",
+        "onnxruntime": "provider_image.backends.onnxruntime:load_net",
         "linear": "provider_image.backends.linear:load_net",
     },
 )
@@ -72,3 +73,10 @@ def load_net(artefact: Artefact, device: Device) -> Net:
             f"There are: {', '.join(sorted(REGISTRY))}."
         )
     return cast(Loader, REGISTRY.load(artefact.backend))(artefact, device)
+
+
+def check_input(artefact: Artefact, shape: list[Any]) -> None:
+    """Compare the shape of a graph's input with the artefact. :raises BrokenArtefact: it is another."""
+    expected = [1, artefact.height, artefact.width, 3] if artefact.height else [1, len(artefact.columns)]
+    if shape != expected:
+        raise BrokenArtefact(f"The graph of {artefact.name} takes {shape}, not {expected}.")

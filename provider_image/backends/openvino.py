@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from provider_image.backends import check_input
 from provider_image.errors import BrokenArtefact, ConfigError, InferenceFailed
 from provider_image.precision import PRECISIONS
 
@@ -158,10 +159,7 @@ def load_net(artefact: Artefact, device: Device) -> OpenvinoNet:
                 f"Delete {artefact.folder} and install it again."
             ) from error
         checked.result()
-    shape = list(compiled.graph.input(0).shape)
-    expected = [1, artefact.height, artefact.width, 3] if artefact.height else [1, len(artefact.columns)]
-    if shape != expected:
-        raise BrokenArtefact(f"The graph of {artefact.name} takes {shape}, not {expected}.")
+    check_input(artefact, list(compiled.graph.input(0).shape))
     return OpenvinoNet(artefact, compiled, device.threads)
 
 

@@ -58,7 +58,8 @@ def build(
     :raises CompilationFailed: the process ended without an answer, for example because of its limits.
     """
     max_bytes = memory_limit_bytes() if max_bytes is None else max_bytes
-    job = pickle.dumps((target, max_bytes, max_cpu_seconds, (models, *arguments), options))
+    # The folder for relative paths: the process starts in another, where it finds this package.
+    job = pickle.dumps((Path.cwd(), target, max_bytes, max_cpu_seconds, (models, *arguments), options))
     if is_model_name(name):  # otherwise the builder refuses it
         models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mlg-build-") as folder:
@@ -66,7 +67,7 @@ def build(
         own = {"TMPDIR": folder, "KERAS_HOME": folder, "PYTHONSAFEPATH": ""}
         process = subprocess.Popen(
             [sys.executable, "-m", "provider_image.compiler.confined", str(os.getpid())],
-            cwd=_PACKAGE_PARENT,  # the package is found by the working folder
+            cwd=_PACKAGE_PARENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**without_secrets(os.environ), **own},
@@ -143,7 +144,8 @@ def main(parent: int) -> int:
     def send(message: dict[str, Any]) -> None:
         output.write(json.dumps(message) + "\n")
 
-    target, max_bytes, max_cpu_seconds, arguments, options = pickle.loads(sys.stdin.buffer.read())
+    folder, target, max_bytes, max_cpu_seconds, arguments, options = pickle.loads(sys.stdin.buffer.read())
+    os.chdir(folder)
     readable = _paths((arguments, options))
     problems = confine(max_bytes, max_cpu_seconds, readable, [arguments[0], Path(os.environ["TMPDIR"])])
     for what, problem in problems.items():

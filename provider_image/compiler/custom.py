@@ -1,7 +1,8 @@
-"""The builder of custom models: classifiers that users saved with Keras 3.
+"""Custom models, which users saved elsewhere: what describes one, and the builder of those saved with Keras 3.
 
 Called by `mlg models compile NAME --keras FILE --labels FILE`. The file is checked before Keras loads it
-(`keras_file.py`); this module decides whether it is a classifier of one image and what its output means.
+(`keras_file.py`); this module decides whether it is a classifier of one image and what its output means. The builder of
+ONNX files (`onnx_model.py`) shares those decisions.
 """
 
 from __future__ import annotations
@@ -32,10 +33,21 @@ if TYPE_CHECKING:
 
     Arrays = Sequence[np.ndarray[Any, Any]]
 
+#: (id, name) of each class.
+Labels = tuple[tuple[str, str], ...]
 #: Part of the digest. Change it whenever the graphs' results change.
 RECIPE = "keras-file-1"
+#: Kind of file -> "module:function" of its builder.
+BUILDERS = {
+    "keras": "provider_image.compiler.custom:build",
+    "onnx": "provider_image.compiler.onnx_model:build",
+}
 #: Values of --preprocessing.
 PREPROCESSINGS = ("none", "unit", "tf", "torch", "caffe")
+#: Values of --returns.
+RETURNS = ("probabilities", "logits")
+#: Values of --channels.
+CHANNELS = ("rgb", "bgr")
 #: Most pixels of a side.
 MAX_SIDE = 2048
 
@@ -71,16 +83,24 @@ class CustomModel:
 
     #: The canonical name that it gets.
     name: str
-    #: The saved model, a .keras file.
+    #: The saved model, a .keras or an .onnx file.
     file: Path
+    #: What kind of file that is, one of BUILDERS.
+    kind: str = "keras"
     #: The labels file, one line per class.
     labels: Path
-    #: One of PREPROCESSINGS.
-    preprocessing: str = "none"
+    #: The folder of an ONNX file, beside which its weights may be: a confined process is given all that it may read.
+    weights_folder: Path | None = None
+    #: One of PREPROCESSINGS; None takes what the file states, or none.
+    preprocessing: str | None = None
     #: Its name for display; None takes the name.
     title: str | None = None
     #: Height and width in pixels, for a model whose input has no fixed size.
     size: tuple[int, int] | None = None
+    #: What it returns, one of RETURNS; None finds out.
+    returns: str | None = None
+    #: One of CHANNELS, for an ONNX file; None takes what the file states, or rgb.
+    channels: str | None = None
 
 
 def build(
@@ -98,8 +118,7 @@ def build(
     :raises ModelError: it cannot be built; a file that is not safe has not been loaded.
     :raises NotInstalled: the models folder cannot be written.
     """
-    check_custom_name(models, custom.name, custom.title)
-    _check_preprocessing(custom)
+    check_description(models, custom)
     labels = read_labels(custom.labels)
     with build_folder(models, custom.name) as folder, contextlib.ExitStack() as stack:
         on_step("checking the file")
@@ -109,21 +128,18 @@ def build(
             keras = stack.enter_context(keras_session())
             on_step("reading weights")
             network = load_checked(keras, checked)
-        height, width = _find_size(network, custom)
-        _check_classes(network, labels)
-        draft = Artefact(
-            name=custom.name,
-            title=custom.title or custom.name,
-            height=height,
-            width=width,
-            preprocessing=custom.preprocessing,
-            source="own",
+        size = find_size(_input_sides(network), custom)
+        _check_output(network, labels)
+        draft = begin_custom(
+            custom,
+            size=size,
             labels=labels,
+            preprocessing=custom.preprocessing or "none",
             weights_sha256=checked.sha256,
             recipe=RECIPE,
             reference=f"keras {keras.__version__}",
         )
-        head = _find_head(keras, network, draft)
+        head = _find_head(keras, network, draft, custom.returns)
 
         def reference(arrays: Arrays) -> Arrays:
             return _predictions(keras, network, draft, arrays, head)
@@ -138,6 +154,24 @@ def build(
 def _single_output(keras: Any, network: Any) -> Callable[..., Any]:
     """Take the single output of a network out of any structure around it."""
     return lambda pixels, *, training: keras.tree.flatten(network(pixels, training=training))[0]
+
+
+def begin_custom(custom: CustomModel, *, size: tuple[int, int], labels: Labels, **facts: Any) -> Artefact:
+    """Make the artefact of a custom model that is being built.
+
+    :param size: height and width in pixels.
+    :param facts: further fields.
+    """
+    height, width = size
+    return Artefact(
+        name=custom.name,
+        title=custom.title or custom.name,
+        height=height,
+        width=width,
+        source="own",
+        labels=labels,
+        **facts,
+    )
 
 
 def check_custom_name(models: Path, name: str, title: str | None) -> None:
@@ -164,15 +198,20 @@ def check_custom_name(models: Path, name: str, title: str | None) -> None:
         raise ConfigError(f"A title has 1 to {_MAX_TITLE_LENGTH} characters and no control characters.")
 
 
-def _check_preprocessing(custom: CustomModel) -> None:
-    if custom.preprocessing not in PREPROCESSINGS:
-        raise ConfigError(
-            f"There is no preprocessing {custom.preprocessing[:40]!r}. There are: {', '.join(PREPROCESSINGS)}."
-        )
+def check_description(models: Path, custom: CustomModel) -> None:
+    """Check name, title and choices. :raises ConfigError: one of them cannot be used, or the name is taken."""
+    check_custom_name(models, custom.name, custom.title)
+    for what, choice, choices in (
+        ("preprocessing", custom.preprocessing, PREPROCESSINGS),
+        ("output", custom.returns, RETURNS),
+        ("order of channels", custom.channels, CHANNELS),
+    ):
+        if choice not in (None, *choices):
+            raise ConfigError(f"There is no {what} {str(choice)[:40]!r}. There are: {', '.join(choices)}.")
 
 
-def _find_size(network: Any, custom: CustomModel) -> tuple[int, int]:
-    """Return height and width of the network's one input. :raises UnsuitableModel: :raises ConfigError:"""
+def _input_sides(network: Any) -> tuple[int | None, int | None]:
+    """Return height and width of the network's one input, None for a side that is open. :raises UnsuitableModel:"""
     inputs = getattr(network, "inputs", None)
     if not inputs:
         raise UnsuitableModel(
@@ -185,21 +224,33 @@ def _find_size(network: Any, custom: CustomModel) -> tuple[int, int]:
         raise UnsuitableModel(
             f"The input of the model is {shape}. It must be (None, height, width, 3): RGB, channels last."
         )
-    if custom.size is None and None in shape[1:3]:
+    return shape[1], shape[2]
+
+
+def find_size(sides: tuple[int | None, int | None], custom: CustomModel) -> tuple[int, int]:
+    """Return height and width in pixels of the image that a custom model takes.
+
+    :param sides: those of its input, None for one that is open.
+    :raises UnsuitableModel: it is too large, or unknown.
+    :raises ConfigError: the requested size is not that of the input.
+    """
+    if custom.size is None and None in sides:
         raise UnsuitableModel("The input of the model has no fixed size. Add the one it was trained with: --size HxW")
     found = (
-        shape[1:3]
+        sides
         if custom.size is None
-        else tuple(requested if side is None else side for side, requested in zip(shape[1:3], custom.size, strict=True))
+        else tuple(requested if side is None else side for side, requested in zip(sides, custom.size, strict=True))
     )
     if custom.size is not None and found != custom.size:
-        raise ConfigError(f"The input of the model is fixed at {shape[1]} x {shape[2]} pixels. Omit --size.")
-    if not all(1 <= side <= MAX_SIDE for side in found):
-        raise UnsuitableModel(f"The input of {found[0]} x {found[1]} pixels is too large: at most {MAX_SIDE} per side.")
-    return int(found[0]), int(found[1])
+        raise ConfigError(f"The input of the model is fixed at {sides[0]} x {sides[1]} pixels. Omit --size.")
+    height, width = found
+    assert height is not None and width is not None
+    if not all(1 <= side <= MAX_SIDE for side in (height, width)):
+        raise UnsuitableModel(f"The input of {height} x {width} pixels is too large: at most {MAX_SIDE} per side.")
+    return height, width
 
 
-def _check_classes(network: Any, labels: Sequence[object]) -> None:
+def _check_output(network: Any, labels: Labels) -> None:
     """Check that there is one output with one number per label. :raises UnsuitableModel: there is not."""
     outputs = network.outputs
     if len(outputs) != 1:
@@ -207,41 +258,71 @@ def _check_classes(network: Any, labels: Sequence[object]) -> None:
     shape = tuple(outputs[0].shape)
     if len(shape) != 2 or shape[1] is None:
         raise UnsuitableModel(f"The output of the model is {shape}. It must be (None, classes): one number per class.")
-    if shape[1] == 1 and len(labels) != 2:
+    check_classes(shape[1], labels)
+
+
+def check_classes(classes: int, labels: Labels) -> None:
+    """Check that there is a label for each class. :raises UnsuitableModel: there is not."""
+    if classes == 1 and len(labels) != 2:
         raise UnsuitableModel(
             f"The output of the model is one number, the probability of one of two classes; the file has {len(labels)} "
             "labels. Give two: first the class for 0, then the class for 1."
         )
-    if shape[1] not in (1, len(labels)):
+    if classes not in (1, len(labels)):
         raise UnsuitableModel(
-            f"The model has {shape[1]} classes and the file {len(labels)} labels. Write one line per class, in order."
+            f"The model has {classes} classes and the file {len(labels)} labels. Write one line per class, in order."
         )
 
 
-def _find_head(keras: Any, network: Any, row: ModelFacts) -> str:
+def _find_head(keras: Any, network: Any, row: ModelFacts, returns: str | None) -> str:
     """Choose the head of keras_graph.HEADS that turns the output into probabilities, by the self-test images.
 
     :raises UnsuitableModel: none does.
     """
-    import numpy as np
-
-    last_activation = _last_activation(network)
     arrays = [decode(data, row.height, row.width, row.crop) for data in self_test_images().values()]
     try:
-        outputs = np.stack(_predictions(keras, network, row, arrays, "none"))
+        outputs = _predictions(keras, network, row, arrays, "none")
     except Exception as error:  # a custom network can make tensorflow raise anything
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsuitableModel(f"The model fails on images of {row.height} x {row.width}: {first_line[:300]}") from error
-    if not bool(np.isfinite(outputs).all()):
+        raise failed_on_images(row, error) from error
+    return choose_head(outputs, _last_activation(network), returns)
+
+
+def failed_on_images(row: ModelFacts, error: Exception) -> UnsuitableModel:
+    """Make the error of a network that cannot be run on images of its own size."""
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UnsuitableModel(f"The model fails on images of {row.height} x {row.width}: {first_line[:300]}")
+
+
+def choose_head(outputs: Arrays, last_activation: str | None, returns: str | None = None) -> str:
+    """Choose the head of keras_graph.HEADS that turns outputs into probabilities.
+
+    :param outputs: a custom model's output for each self-test image, shape (classes,).
+    :param last_activation: the name of the network's last activation, linear if there is none; None if unknown.
+    :param returns: what the user says that it returns, one of RETURNS; None finds out.
+    :raises UnsuitableModel: none does.
+    """
+    import numpy as np
+
+    values = np.stack(outputs)
+    if not bool(np.isfinite(values).all()):
         raise UnsuitableModel("The model returns numbers that are not finite. Check its weights and --preprocessing.")
-    are_probabilities = bool((outputs >= 0).all() and (outputs <= 1 + _SUM_TOLERANCE).all())
-    sum_to_one = are_probabilities and bool((np.abs(outputs.sum(axis=1) - 1) <= _SUM_TOLERANCE).all())
-    if outputs.shape[1] == 1:
-        if last_activation == "sigmoid" and are_probabilities:
+    are_probabilities = bool((values >= 0).all() and (values <= 1 + _SUM_TOLERANCE).all())
+    sum_to_one = are_probabilities and bool((np.abs(values.sum(axis=1) - 1) <= _SUM_TOLERANCE).all())
+    if values.shape[1] == 1:
+        if last_activation == "sigmoid" and are_probabilities and returns != "logits":
             return "complement"
         raise UnsuitableModel(
             f"The model returns a single number and ends in {last_activation or 'no activation'}. Only a sigmoid makes "
-            "it the probability of one of two classes: add activation='sigmoid' to the last layer and save it again."
+            "it the probability of one of two classes: add one after the last layer and save it again."
+        )
+    if returns == "logits":
+        return "softmax"
+    if returns == "probabilities":
+        if sum_to_one:
+            return "none"
+        raise UnsuitableModel(
+            "The model does not return probabilities: its results for the self-test images do not sum to 1. "
+            "Omit --returns, or set it to logits."
         )
     if last_activation in ("softmax", None) and sum_to_one:
         return "none"

@@ -55,6 +55,12 @@ def begin_artefact(row: ModelFacts, **facts: Any) -> Artefact:
     return Artefact(**{each.name: getattr(row, each.name) for each in fields(ModelFacts)} | facts)
 
 
+def with_files(artefact: Artefact, files: Sequence[str]) -> Artefact:
+    """Return an artefact with the sizes and digests of the backend's files in its folder, and its own digest."""
+    artefact = replace(artefact, files={file: _size_and_sha256(artefact.folder / file) for file in files})
+    return replace(artefact, digest=compute_digest(artefact))
+
+
 def install(artefact: Artefact, folder: Path, models: Path, files: Sequence[str]) -> Artefact:
     """Write the model.json of a folder from `build_folder`, make it durable and move it into the models folder.
 
@@ -64,8 +70,7 @@ def install(artefact: Artefact, folder: Path, models: Path, files: Sequence[str]
     :param folder: has the files of the backend and of the samples; does not exist afterwards.
     :param files: the names of the backend's files.
     """
-    artefact = replace(artefact, files={file: _size_and_sha256(folder / file) for file in files})
-    artefact = replace(artefact, digest=compute_digest(artefact))
+    artefact = with_files(replace(artefact, folder=folder), files)
     document = asdict(artefact)
     del document["folder"]
     (folder / "model.json").write_text(json.dumps(document, indent=1) + "\n")

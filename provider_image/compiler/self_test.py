@@ -7,6 +7,7 @@ They are stored in the artefact, so that all machines use the same.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ _MAX_SMALL_IMAGES = 6
 _DRAWN_SIZES = ((320, 240), (240, 320), (400, 225), (224, 224))
 
 
+@functools.cache
 def self_test_images() -> dict[str, bytes]:
     """Return file name -> JPEG of the self-test images."""
     found = _photos() or [_draw(number, *size) for number, size in enumerate(_DRAWN_SIZES)]

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from provider_image.backends import Device, load_net
 from provider_image.backends.openvino import GRAPH_FILES, OpenvinoNet, compile_graph, import_openvino
-from provider_image.compiler.installing import install
+from provider_image.compiler.installing import install, with_files
 from provider_image.compiler.self_test import self_test_images
 from provider_image.errors import CompilationFailed, InferenceFailed
 from provider_image.images.decoding import decode
@@ -64,34 +65,44 @@ def verify_and_install(
     _rename(graph, draft.name)
     openvino.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
     files = self_test_images() if images is None else images
-    arrays = [decode(data, draft.height, draft.width, draft.crop) for data in files.values()]
+    arrays = _decoded(files, draft)
     actual = _run(draft, folder, arrays)
     expected = _Expected.from_results(draft, actual if reference is None else reference(arrays))
-    difference = expected.compare(actual, tolerance)
-    if not difference.largest <= tolerance or not difference.is_same_order:
-        raise CompilationFailed(
-            f"The compiled graph of {draft.name} gives other results than {draft.reference}: they differ by up to "
-            f"{difference.largest:.2g}. It was not installed. Please report this with both versions."
-        )
+    expected.require(actual, tolerance)
     on_step("storing")
     precision, storage = draft.precision, None
     if precision != "f16":
         precision, storage = _choose_storage(openvino, graph, folder, arrays, expected, f16_within)
-    samples = []
-    for (file, data), output in zip(files.items(), expected.outputs, strict=True):
-        results = {name: (f"{Path(file).stem}-{name}.bin", each) for name, each in output.files.items()}
-        for name, contents in ((file, data), *results.values()):
-            (folder / name).write_bytes(contents)
-        samples.append(
-            Sample(
-                file=file,
-                sha256=_sha256(data),
-                output=output.data,
-                files={name: (stored, _sha256(contents)) for name, (stored, contents) in results.items()},
-            )
-        )
-    artefact = replace(draft, precision=precision, storage=storage, samples=tuple(samples))
+    artefact = replace(draft, precision=precision, storage=storage, samples=expected.write_samples(folder, files))
     return install(artefact, folder, models, GRAPH_FILES)
+
+
+def install_as_it_is(
+    folder: Path,
+    models: Path,
+    draft: Artefact,
+    *,
+    backend: str,
+    files: Sequence[str],
+    reference: Callable[[Arrays], Arrays],
+) -> Artefact:
+    """Verify and install what another backend than OpenVINO loads, whose files are stored as they are.
+
+    :param folder: has the backend's files; in the folder from `installing.build_folder`.
+    :param files: their names.
+    :param reference: see `verify_and_install`.
+    :raises CompilationFailed: the results differ from the reference's.
+    """
+    images = self_test_images()
+    arrays = _decoded(images, draft)
+    unverified = with_files(replace(draft, backend=backend, folder=folder), files)
+    expected = _Expected.from_results(draft, reference(arrays))
+    expected.require(load_net(unverified, Device(threads=1)).infer(arrays))
+    return install(replace(unverified, samples=expected.write_samples(folder, images)), folder, models, files)
+
+
+def _decoded(images: Mapping[str, bytes], draft: Artefact) -> Arrays:
+    return [decode(data, draft.height, draft.width, draft.crop) for data in images.values()]
 
 
 def _sha256(data: bytes) -> str:
@@ -177,6 +188,32 @@ class _Expected:
             largest=max(largest, *(each.largest for each in found)),
             is_same_order=all(each.is_same_order for each in found),
         )
+
+    def require(self, actual: Arrays, tolerance: float = TOLERANCE) -> None:
+        """Check results. :raises CompilationFailed: they are not the right ones."""
+        difference = self.compare(actual, tolerance)
+        if not difference.largest <= tolerance or not difference.is_same_order:
+            raise CompilationFailed(
+                f"The compiled graph of {self.draft.name} gives other results than {self.draft.reference}: they differ "
+                f"by up to {difference.largest:.2g}. It was not installed. Please report this with both versions."
+            )
+
+    def write_samples(self, folder: Path, images: Mapping[str, bytes]) -> tuple[Sample, ...]:
+        """Write the images and the files of the outputs into a folder."""
+        samples = []
+        for (file, data), output in zip(images.items(), self.outputs, strict=True):
+            results = {name: (f"{Path(file).stem}-{name}.bin", each) for name, each in output.files.items()}
+            for name, contents in ((file, data), *results.values()):
+                (folder / name).write_bytes(contents)
+            samples.append(
+                Sample(
+                    file=file,
+                    sha256=_sha256(data),
+                    output=output.data,
+                    files={name: (stored, _sha256(contents)) for name, (stored, contents) in results.items()},
+                )
+            )
+        return tuple(samples)
 
 
 @dataclass(kw_only=True)

@@ -270,4 +270,4 @@ def unknown_model(name: str, others: Mapping[str, str] | None = None) -> Unknown
 def install_command(name: str) -> str:
     """Return the command that installs the model with this canonical name, a custom one if it is not in the list."""
     is_custom = name not in CATALOGUE and not name.endswith(EMBEDDING_SUFFIX)
-    return f"mlg models compile {name}" + (" --keras FILE --labels FILE" if is_custom else "")
+    return f"mlg models compile {name}" + (" --keras|--onnx FILE --labels FILE" if is_custom else "")

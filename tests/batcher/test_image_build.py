@@ -21,6 +21,7 @@ from batcher.image_build.lock import PublishedImage, add_to_lock, lock_file, rea
 from provider_image.backends.openvino import GRAPH_FILES
 from provider_image.errors import ConfigError
 from provider_image.models.artefact import find_artefact, read_artefact
+from tests.onnx_models import install_unusual
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"
@@ -181,6 +182,20 @@ def test_the_context_holds_what_the_dockerfile_copies_and_the_weights_and_nothin
     tops = {name.split("/")[0] for name in context}
     assert not tops & {".git", ".venv", "tests", "docs"} and not any("__pycache__" in name for name in context)
     assert all("BASE=other:1" in call for call in machine.calls() if call[1] == "build")
+
+
+def test_onnxruntime_is_in_the_image_only_if_a_model_needs_it(machine: Machine, tmp_path: Path) -> None:
+    machine.add("docker", ENGINE)
+    unusual = install_unusual(tmp_path / "unusual")
+    machine.install(unusual.folder)
+
+    without = machine.mlg("build", MODEL)
+    with_it = machine.mlg("build", MODEL, "unusual")
+
+    assert (without.returncode, with_it.returncode) == (0, 0), without.stderr + with_it.stderr
+    builds = [call for call in machine.calls() if call[1] == "build"]
+    assert ["BACKENDS=onnxruntime" in call for call in builds] == [False, False, True, True]
+    assert machine.context()["models/unusual/model.onnx"] == unusual.size_bytes
 
 
 @pytest.mark.parametrize(("engine", "command"), [("podman", ["build"]), ("buildah", ["bud", "--layers"])])

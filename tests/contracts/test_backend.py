@@ -20,9 +20,11 @@ from provider_image.errors import BrokenArtefact, ConfigError, InferenceFailed
 from provider_image.models.artefact import compute_digest, find_artefact, read_artefact
 from tests.extensions import install_extension_models
 from tests.linear_models import install_linear_models
+from tests.onnx_models import install_unusual
 
 #: Backend -> (model, shape of its input, type of its input).
 ARTEFACTS: dict[str, tuple[str, tuple[int, ...], type[np.generic]]] = {
+    "onnxruntime": ("unusual", (32, 32, 3), np.uint8),
     "openvino": ("efficientnet_lite0", (224, 224, 3), np.uint8),
     "linear": ("iris_table", (4,), np.float64),
     "affine": ("iris_means", (4,), np.float32),
@@ -40,6 +42,7 @@ def registered(registered_extensions: Path) -> None:
 def models(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = install_linear_models(install_extension_models(tmp_path_factory.mktemp("models")))
     (folder / "efficientnet_lite0").symlink_to(models_folder / "efficientnet_lite0")
+    install_unusual(folder)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,13 @@ def test_it_reads_what_its_arguments_name_and_writes_into_the_models_folder_only
 
     with pytest.raises(UnsuitableModel, match=r"^file EACCES EACCES ok ok$"):
         confined.build("tests.confined_builders:use_files", tmp_path / "models", "pets", given)
+
+
+def test_relative_paths_mean_the_same_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(UnsuitableModel, match=re.escape(str(tmp_path))):
+        run(Path("models"), "name_folder")
 
 
 def test_it_cannot_take_more_memory_than_allowed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import flask.testing
 import pytest
 
 from cli.compile import compile_models
-from provider_image.compiler.custom import PREPROCESSINGS
+from provider_image.compiler.custom import CHANNELS, PREPROCESSINGS, RETURNS
 from provider_image.models.artefact import installed_digest
 from server.app import create_app
 from server.settings import ServerSettings
@@ -51,7 +51,7 @@ def test_a_custom_model_is_installed_by_a_command_and_listed(tmp_path: Path) -> 
     assert "cats is installed in" in done.stdout and "cats: reading weights" in done.stderr
     (own,) = (model for model in listed if model["name"] == "cats")
     assert (own["title"], own["source"], own["installed"], own["height"]) == ("Cats", "own", True, 32)
-    assert own["install"] == "mlg models compile cats --keras FILE --labels FILE"
+    assert own["install"] == "mlg models compile cats --keras|--onnx FILE --labels FILE"
 
 
 def test_a_refused_file_is_reported_in_one_line(tmp_path: Path) -> None:
@@ -70,7 +70,11 @@ def test_a_refused_file_is_reported_in_one_line(tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         (["pets", "--keras", "x.keras"], "needs --labels"),
-        (["pets", "--labels", "x.txt"], "--labels is for custom models"),
+        (["pets", "--onnx", "x.onnx"], "--onnx FILE needs --labels"),
+        (["pets", "--onnx", "x.onnx", "--keras", "x.keras", "--labels", "x.txt"], "exclude each other"),
+        (["pets", "--keras", "x.keras", "--labels", "x.txt", "--channels", "bgr"], "--channels is for --onnx"),
+        (["vgg16", "vgg19", "--labels", "x.txt"], "--labels FILE is for one model"),
+        (["vgg16", "--returns", "logits"], "--returns is for"),
         (["pets", "--title", "Pets"], "--title is for"),
         (["vgg16", "--preprocessing", "caffe"], "--preprocessing is for"),
         (["vgg16", "--size", "32x32"], "--size is for"),
@@ -86,10 +90,13 @@ def test_conflicting_options_are_reported(tmp_path: Path, arguments: list[str], 
         compile_models.main([*arguments, "--home", str(tmp_path)], standalone_mode=False, obj=None)
 
 
-def test_the_command_offers_what_the_builder_accepts() -> None:
-    (option,) = (option for option in compile_models.params if option.name == "preprocessing")
+@pytest.mark.parametrize(
+    ("name", "choices"), [("preprocessing", PREPROCESSINGS), ("returns", RETURNS), ("channels", CHANNELS)]
+)
+def test_the_command_offers_what_the_builder_accepts(name: str, choices: tuple[str, ...]) -> None:
+    (option,) = (option for option in compile_models.params if option.name == name)
 
-    assert isinstance(option.type, click.Choice) and tuple(option.type.choices) == PREPROCESSINGS
+    assert isinstance(option.type, click.Choice) and tuple(option.type.choices) == choices
 
 
 @pytest.mark.parametrize("spelling", ["my_pets", "My-Pets", "MYPETS"])
@@ -131,7 +138,7 @@ def test_requests_for_a_removed_model_tell_why_they_wait(
     refused = post(client, "my_pets", photos["coffee"])
 
     assert "my_pets is not installed any more" in waiting["waiting_for"]
-    assert "mlg models compile my_pets --keras FILE --labels FILE" in waiting["waiting_for"]
+    assert "mlg models compile my_pets --keras|--onnx FILE --labels FILE" in waiting["waiting_for"]
     assert refused.status_code == 404
 
 
