@@ -94,7 +94,7 @@ class Similarity:
 
     def recall(self, collection: CollectionRecord) -> float | None:
         """Return the measured recall of searches; None while they are exact."""
-        return None if collection.dimensions is None else self._cache(collection).recall()
+        return None if collection.dimensions is None else self._collections.cache(collection).recall()
 
     def near_duplicates(
         self, collection: CollectionRecord, threshold: float, *, client: str | None = None

@@ -33,7 +33,7 @@ KEEP_DELIVERIES = timedelta(days=7)
 
 # Some requests of each kind, as conditions.
 _OLD = f"""
-    number IN (SELECT number FROM requests
+    number IN (SELECT number FROM requests INDEXED BY requests_purgeable
                WHERE finished_at < :before AND finished_at IS NOT NULL AND collections = 0 LIMIT {ROWS_PER_COMMIT})
 """
 
@@ -46,7 +46,7 @@ _OLD_FOR_OWNER = f"""
 
 _DELETE_IMAGES = f"""
     UPDATE requests SET image_deleted_at = :now
-    WHERE number IN (SELECT number FROM requests
+    WHERE number IN (SELECT number FROM requests INDEXED BY requests_finished_with_image
                      WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL
                        AND collections = 0 LIMIT {ROWS_PER_COMMIT})
     RETURNING number, image_sha256, inputs

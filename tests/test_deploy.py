@@ -252,7 +252,10 @@ def test_the_proxy_accepts_what_the_server_accepts_and_does_not_buffer_events(cl
     held = re.search(r"proxy_read_timeout (\d+)s;", text)
     assert held is not None and float(held[1]) > defaults.max_hold_seconds
     assert "proxy_request_buffering on;" in text
-    assert re.search(r"requestPredictions/ \{[^}]*limit_conn batches \d;", text), "or anybody fills the proxy's disk"
+    batches = re.search(r"location ~\* (\S+) \{[^}]*limit_conn batches \d;", text)
+    assert batches is not None, "or anybody fills the proxy's disk"
+    assert all(re.search(batches[1], path) for path in ("/requestPredictions/x", "/collections/x/images"))
+    assert not any(re.search(batches[1], path) for path in ("/requestPrediction/x", "/collections/x/images/id"))
     events = re.search(r"location ~ (\S+) \{[^}]*proxy_buffering off;", text)
     assert events is not None
     paths = [rule.rule for rule in client.application.url_map.iter_rules()]

@@ -170,7 +170,7 @@ def _search_crops(folder: Path, count: int) -> None:
         side = int(generator.integers(112, min(photo.size) + 1))
         left, top = (int(generator.integers(0, edge - side + 1)) for edge in photo.size)
         crop = photo.crop((left, top, left + side, top + side)).resize((256, 256))
-        item = load_image(_to_png(crop), artefact)
+        item = load_image(_to_png(crop), artefact, is_resized=False)
         started = time.perf_counter()
         vectors[number] = next(iter(net.infer([item])))
         seconds += time.perf_counter() - started

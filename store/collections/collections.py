@@ -70,7 +70,9 @@ _MEMBERS = """
            collection_members.image_sha256 AS image_sha256, requests.created_at AS created_at, collection,
            CASE WHEN sequence IS NOT NULL THEN 'ready' WHEN state IN ('queued', 'claimed') THEN 'pending'
                 ELSE 'failed' END AS status,
-           coalesce(collection_members.reason, CASE WHEN sequence IS NULL THEN requests.reason END) AS reason
+           coalesce(collection_members.reason,
+                    CASE WHEN sequence IS NULL THEN requests.reason END,
+                    CASE WHEN sequence IS NULL AND state = 'cancelled' THEN 'Its request was cancelled.' END) AS reason
     FROM collection_members JOIN requests ON requests.number = request_number
 """
 
@@ -319,14 +321,14 @@ class Collections:
 
         :param labels: (name, value); a name that is None stands for any.
         """
-        found: set[int] | None = None
-        with self._database.read() as connection:
-            for name, value in labels:
-                sql = _WITH_LABEL if name is None else f"{_WITH_LABEL} AND name = ?"
-                values = (collection.number, value, *(() if name is None else (name,)))
-                numbers = {number for (number,) in connection.execute(sql, values)}
-                found = numbers if found is None else found & numbers
-        return None if found is None else sorted(found)
+        selects: list[str] = []
+        values: list[object] = []
+        for name, value in labels:
+            selects.append(_WITH_LABEL if name is None else f"{_WITH_LABEL} AND name = ?")
+            values += [collection.number, value, *(() if name is None else (name,))]
+        if not selects:
+            return None
+        return [number for (number,) in self._database.rows(" INTERSECT ".join(selects), values)]
 
     # Searching
 

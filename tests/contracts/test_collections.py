@@ -236,6 +236,15 @@ def test_vector_that_cannot_be_compared_is_refused_with_the_reason(
     assert search(store, collection, b"dog") == [good.id]
 
 
+def test_cancelled_image_has_failed(store: Store) -> None:
+    collection = make(store)
+    store.requests.cancel(add(store, b"cat", collection).id, now=NOW)
+
+    (member,) = store.collections.members(collection)
+
+    assert (member.status, member.reason) == ("failed", "Its request was cancelled.")
+
+
 def test_most_likely_label_comes_from_a_classification_before_or_after(store: Store) -> None:
     collection = make(store)
     classify(store, b"before")
@@ -253,6 +262,7 @@ def test_most_likely_label_comes_from_a_classification_before_or_after(store: St
     assert store.collections.numbers_with_labels(collection, [(None, "after")]) == [2]
     assert store.collections.numbers_with_labels(collection, [(CLASSIFIER, "after"), (None, "before")]) == []
     assert store.collections.numbers_with_labels(collection, []) is None
+    assert store.collections.numbers_with_labels(collection, [(CLASSIFIER, "after"), (None, "after")]) == [2]
 
 
 def test_deleted_request_or_member_is_not_found_and_leaves_no_vector(store: Store) -> None:
