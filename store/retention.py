@@ -111,14 +111,15 @@ class Retention:
         self._collections.finish_removals(is_stopping=self._is_stopping.is_set)
         results = self._purge_requests(_OLD, results_before) + self._purge_requests(_OLD_FOR_OWNER, now)
         images = self._purge_images(images_before, now)
-        if not self._is_stopping.is_set():
-            self._collections.update_caches()
         self._purge_batches(results_before, now)
         self._changes.purge(before=now - KEEP_CHANGES)
         self._webhooks.purge(before=now - KEEP_DELIVERIES)
         self._idempotency.purge(now=now)
         self._providers.purge(before=now - KEEP_UNUSED)
-        return PurgeReport(images=images, results=results, leftovers=self._sweep(now))
+        leftovers = self._sweep(now)
+        if not self._is_stopping.is_set():
+            self._collections.update_caches()
+        return PurgeReport(images=images, results=results, leftovers=leftovers)
 
     def _purge_requests(self, which: str, before: datetime) -> int:
         values = {"before": to_text(before)}

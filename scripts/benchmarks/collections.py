@@ -178,8 +178,8 @@ def _search_crops(folder: Path, count: int) -> None:
     numbers = np.arange(1, count + 1)
     chosen = generator.choice(count, min(count, SEARCHES), replace=False)
     rows = []
-    for rescored in (50, 200, RESCORED):
-        cache = VectorCache(folder / f"crops-{rescored}", DIMENSIONS, exact_rows=1, rescored=rescored)
+    for rescored in (50, 200, RESCORED[0]):
+        cache = VectorCache(folder / f"crops-{rescored}", DIMENSIONS, exact_rows=1, rescored=[rescored])
         cache.update(lambda after: _changes(iter([vectors]), after))
         recall = _recall(cache, vectors[chosen], numbers, vectors, own=numbers[chosen])
         rows.append([rescored, f"{recall:.4f}", f"{cache.recall():.4f}"])

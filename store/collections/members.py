@@ -15,6 +15,7 @@ request is deleted. So whatever is acknowledged about a request is also true of 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -35,9 +36,10 @@ MAX_LABELS = 64
 #: How much the length of a vector may differ from 1.
 _LENGTH_TOLERANCE = 1e-3
 
-# An image that has no vector yet takes the request that was sent last.
+# An image that has no vector yet takes the request that was sent last. The collection may have been deleted meanwhile.
 _ADD = """
-    INSERT INTO collection_members (collection, request_number, image_sha256) VALUES (?, ?, ?)
+    INSERT INTO collection_members (collection, request_number, image_sha256)
+    SELECT number, ?, ? FROM collections WHERE number = ? AND deleted_at IS NULL
     ON CONFLICT (image_sha256, collection) DO UPDATE SET request_number = excluded.request_number, reason = NULL
     WHERE sequence IS NULL
 """
@@ -119,11 +121,11 @@ class NewMember(NamedTuple):
 
 def add_members(transaction: Transaction, members: Sequence[NewMember]) -> None:
     """Add members without a vector. An image that is a member already only gets the labels."""
-    transaction.execute_many(_ADD, [(one.collection, one.request_number, one.image_sha256) for one in members])
+    transaction.execute_many(_ADD, [(one.request_number, one.image_sha256, one.collection) for one in members])
     for one in members:
         if one.labels:
-            (number,) = transaction.execute(_MEMBER_OF_IMAGE, (one.image_sha256, one.collection)).fetchone()
-            for name, value in one.labels.items():
+            found = transaction.execute(_MEMBER_OF_IMAGE, (one.image_sha256, one.collection)).fetchall()
+            for (number,), (name, value) in itertools.product(found, one.labels.items()):
                 _set_label(transaction, number, one.collection, name, value)
 
 

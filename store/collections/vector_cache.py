@@ -3,8 +3,8 @@
 The rows of the database are the truth; a cache follows them by their sequence numbers, so that it can be deleted at any
 time. Up to EXACT_ROWS a search compares the query with every vector (f32, inner product). Above, that would be limited
 by the memory's bandwidth, so a first stage compares one bit per value (the sign after the collection's mean is
-subtracted) and the best RESCORED of it are compared exactly. How many of the true ten nearest that finds is measured
-with the collection's own vectors whenever the bits are made, and stored.
+subtracted) and the best of it are compared exactly. How many of the true ten nearest that finds is measured with the
+collection's own vectors whenever the bits are made; it decides how many are compared, and is stored.
 
     numbers.i64    the number of each row's vector, -1 where it was deleted
     vectors.f32    rows x dimensions
@@ -26,7 +26,7 @@ import secrets
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,8 +41,10 @@ log = logging.getLogger(__name__)
 
 #: Collections with more rows are searched in two stages.
 EXACT_ROWS = 100_000
-#: Candidates of the first stage that are compared exactly.
-RESCORED = 1000
+#: Candidates of the first stage that are compared exactly: the first number with which enough of the true nearest are
+#: found, else the last.
+RESCORED = (1000, 3000, 10_000)
+_ENOUGH = 0.999
 #: Rows that one step of an update takes, and one of a search: its intermediate results stay in the processor's cache.
 _BLOCK_ROWS, _SEARCH_ROWS = 16_384, 4096
 #: Queries that the recall of the first stage is measured with, and how many of their nearest are looked for.
@@ -90,6 +92,8 @@ class _State:
     rows_of_mean: int = 0
     #: Share of the true nearest that the first stage finds; None if it was not measured.
     recall: float | None = None
+    #: Candidates of the first stage.
+    rescored: int = 0
 
 
 class VectorCache:
@@ -98,7 +102,7 @@ class VectorCache:
     :param folder: of this collection alone; created by the first update.
     :param threads: threads of a search.
     :param exact_rows: with more rows, a search has two stages.
-    :param rescored: candidates of the first stage that are compared exactly.
+    :param rescored: see RESCORED.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class VectorCache:
         *,
         threads: int = 2,
         exact_rows: int = EXACT_ROWS,
-        rescored: int = RESCORED,
+        rescored: Sequence[int] = RESCORED,
     ) -> None:
         self._folder = folder
         self._dimensions = dimensions
@@ -190,7 +194,7 @@ class VectorCache:
         values = np.frombuffer(query, "<f4")
         with ThreadPoolExecutor(self._threads) as pool:
             if files.bits is not None and len(rows) > self._exact_rows:
-                rows = _nearest_by_bits(files, values, usable, self._rescored, pool)
+                rows = _nearest_by_bits(files, values, usable, files.rescored, pool)
             scores = _scores(files, values, rows, pool)
         best = _largest(scores, k)
         found = zip(files.numbers[rows[best]].tolist(), scores[best].tolist(), strict=True)
@@ -316,7 +320,11 @@ class VectorCache:
         _write(folder / f"mean-{state.rows_of_mean}.f32", {0: mean.tobytes()})
         for block in _blocks(state.rows, _BLOCK_ROWS):
             self._write_bits(state, block)
-        state = self._write_state(replace(state, recall=self._measure_recall(state)))
+        for rescored in self._rescored:
+            recall = self._measure_recall(state, rescored)
+            if recall is None or recall >= _ENOUGH:
+                break
+        state = self._write_state(replace(state, recall=recall, rescored=rescored))
         for name in (f"mean-{old}.f32", f"bits-{old}.u64"):
             (folder / name).unlink(missing_ok=True)
         return state
@@ -328,7 +336,7 @@ class VectorCache:
         data = _to_bits(vectors - mean).tobytes()
         _write(folder / f"bits-{state.rows_of_mean}.u64", {rows.start * _bit_bytes(self._dimensions): data})
 
-    def _measure_recall(self, state: _State) -> float | None:
+    def _measure_recall(self, state: _State, rescored: int) -> float | None:
         """Compare both stages with the exact search, for vectors of the collection itself."""
         import numpy as np
 
@@ -344,7 +352,7 @@ class VectorCache:
         found = 0
         with ThreadPoolExecutor(self._threads) as pool:
             for number, (row, query) in enumerate(zip(chosen, queries, strict=True)):
-                near = _nearest_by_bits(files, query, usable, self._rescored, pool)
+                near = _nearest_by_bits(files, query, usable, rescored, pool)
                 exact = rows[_largest(scores[rows, number], _RECALL_AT + 1)]
                 exact = exact[exact != row][:_RECALL_AT]  # that it finds itself says nothing
                 # The second stage compares exactly, so what the first one finds is what is found.
@@ -359,6 +367,7 @@ class _Files:
         rows, dimensions, of_mean = state.rows, state.dimensions, state.rows_of_mean
         self.numbers = _map(folder / "numbers.i64", "<i8", (rows,))
         self.vectors = _map(folder / "vectors.f32", "<f4", (rows, dimensions))
+        self.rescored = state.rescored
         #: None where every search is exact.
         self.mean = _map(folder / f"mean-{of_mean}.f32", "<f4", (dimensions,)) if of_mean else None
         words = _bit_bytes(dimensions) // 8

@@ -328,6 +328,18 @@ def test_deleted_collection_is_gone_and_its_requests_follow_the_retention_again(
         store.collections.remove(collection, now=NOW)
 
 
+def test_image_for_a_collection_that_was_deleted_meanwhile_is_an_ordinary_request(store: Store) -> None:
+    collection = make(store)
+    store.collections.remove(collection, now=NOW)
+
+    request = add(store, b"cat", collection, labels={"place": "Rome"})
+    answer(store)
+
+    assert store.requests.get(request.id).status == "done"
+    with store.database.read() as connection:
+        assert connection.execute("SELECT count(*) FROM collection_members").fetchone()[0] == 0
+
+
 def test_interrupted_removal_is_finished_by_a_purge(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     collection = make(store)
     for number in range(5):

@@ -163,6 +163,20 @@ def test_two_stages_find_what_the_exact_search_finds_and_the_recall_is_measured(
     assert found / 300 > 0.9
 
 
+def test_more_are_compared_exactly_until_enough_is_found(tmp_path: Path, rows: Rows) -> None:
+    rows.add(features(3000))
+    few = VectorCache(tmp_path / "few", DIMENSIONS, exact_rows=1000, rescored=[10])
+    chosen = VectorCache(tmp_path / "chosen", DIMENSIONS, exact_rows=1000, rescored=[10, 3000, 20])
+
+    few.update(rows.after)
+    chosen.update(rows.after)
+
+    assert (few.recall() or 1) < 0.999
+    assert chosen.recall() == 1
+    query = features(1, seed=2)[0]
+    assert numbers_of(chosen.search(query.tobytes(), 10)) == rows.nearest(query, 10)
+
+
 def test_vectors_added_after_the_bits_were_made_are_found(tmp_path: Path, rows: Rows) -> None:
     cache = VectorCache(tmp_path / "cache", DIMENSIONS, exact_rows=1000)
     rows.add(features(2000))
