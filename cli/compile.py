@@ -39,7 +39,8 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 @home_option
 @file_option(
     "--weights",
-    "A weights file, or a folder of weights files with Keras' file names. [MLG_WEIGHTS_DIR; download from Keras]",
+    "A weights file, or a folder of weights files with Keras' file names; for a vision transformer the folder that "
+    "Hugging Face's library saved, or one that has it as the folder MODEL. [MLG_WEIGHTS_DIR; download from Keras]",
     metavar="FILE|DIR",
 )
 @file_option("--out", "Folder to write the artefacts to. [default: models in the home]", metavar="DIR")
@@ -62,17 +63,24 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     metavar="FILE.onnx",
 )
 @file_option(
+    "--huggingface",
+    "Install a custom classifier as MODEL: a ViT, DeiT or BEiT in a folder that Hugging Face's library saved, with "
+    "config.json, model.safetensors and preprocessor_config.json.",
+    metavar="FOLDER",
+)
+@file_option(
     "--labels",
-    "With --keras or --onnx: one line per class in the model's order: a name, or an id, a tab and a name. With a model "
-    "of the list: other names for its classes, as in mlg models labels.",
+    "With --keras or --onnx: one line per class in the model's order: a name, or an id, a tab and a name. With "
+    "--huggingface: in place of the names in config.json. With a model of the list: other names for its classes, as in "
+    "mlg models labels.",
 )
 @click.option(
     "--preprocessing",
     type=click.Choice(["none", "unit", "tf", "torch", "caffe"]),
-    help="With --keras or --onnx: pixel values that the model expects. none: 0 to 255 (it scales them itself), unit: 0 "
-    "to 1, tf: -1 to 1, torch, caffe: as in keras.applications. [default: what an ONNX file states, or none]",
+    help="With a custom model: pixel values that it expects. none: 0 to 255 (it scales them itself), unit: 0 to 1, "
+    "tf: -1 to 1, torch, caffe: as in keras.applications. [default: what file or folder state, or none]",
 )
-@click.option("--title", metavar="TEXT", help="With --keras or --onnx: the name for people. [default: MODEL]")
+@click.option("--title", metavar="TEXT", help="With a custom model: the name for people. [default: MODEL]")
 @click.option(
     "--size",
     metavar="HxW",
@@ -101,8 +109,9 @@ def compile_models(
     """Install models. Builds their artefacts from their weights.
 
     Models of Keras need the extra [compile] (tensorflow), and each artefact is compared with Keras before it is
-    installed. efficientnet_lite0 needs neither an extra nor a download. `all` are all models of the catalogue, without
-    embeddings.
+    installed. efficientnet_lite0 needs neither an extra nor a download. Vision transformers need no extra, but the
+    folder of their weights. `all` are all models of the catalogue, without embeddings, and without vision transformers
+    whose folder is not there.
 
     MODEL_embedding is the model without its last layer, which returns a vector. It is built from the installed model;
     one of the catalogue that is not installed yet is compiled before.
@@ -114,6 +123,8 @@ def compile_models(
       mlg models compile all --weights ~/keras-weights
       mlg models compile my_pets --keras pets.keras --labels pets.txt
       mlg models compile my_cars --onnx cars.onnx --labels cars.txt --preprocessing torch
+      mlg models compile vit_base_patch16_224 --weights ~/vit-base-patch16-224
+      mlg models compile my_birds --huggingface ~/vit-birds
       mlg models compile resnet50 --labels german.tsv
       mlg models compile my_pets_embedding
     """
@@ -137,6 +148,8 @@ def compile_models(
     if labels is not None and len(rows) > 1:
         raise click.UsageError("--labels FILE is for one model.")
     sources = WeightsSources.from_env(variables, given=weights)
+    if is_all:
+        rows = _without_absent(rows, sources)
     failures = 0
     for row in rows:
         try:
@@ -183,6 +196,19 @@ def _build(
         raise ConfigError(f"{row.name} is a custom model, which is built from its file: {install_command(row.name)}")
     steps = _StepReporter(row.name)
     try:
+        if row.transformer is not None:
+            from provider_image.compiler.keras_weights import find_folder
+
+            return confined.build(
+                "provider_image.compiler.transformers.builder:build",
+                models,
+                row.name,
+                row,
+                find_folder(row, sources),
+                again=again,
+                f16_within=within,
+                on_step=steps.begin,
+            )
         if row.weights is not None:
             from provider_image.compiler.keras_weights import find_weights
 
@@ -205,37 +231,62 @@ def _build(
         steps.end()
 
 
+def _without_absent(rows: Sequence[ModelFacts], sources: WeightsSources) -> list[ModelFacts]:
+    """Leave out the vision transformers whose folders are not there, and say so."""
+    from provider_image.compiler.keras_weights import has_folder
+
+    absent = [row.name for row in rows if row.source == "folder" and not has_folder(row, sources)]
+    if absent:
+        click.echo(
+            f"mlg: left out, because their weights are in no folder of these names in --weights or MLG_WEIGHTS_DIR: "
+            f"{', '.join(absent)}",
+            err=True,
+        )
+    return [row for row in rows if row.name not in absent]
+
+
 def _custom_model(
     names: Sequence[str],
     weights: Path | None,
     *,
     keras: Path | None,
     onnx: Path | None,
+    huggingface: Path | None,
     labels: Path | None,
     **more: Any,
 ) -> CustomModel | None:
     """Return the custom model that the options describe, if any. :raises click.UsageError: they do not fit."""
     given = {name: value for name, value in more.items() if value is not None}
-    file, option = (keras, "--keras") if onnx is None else (onnx, "--onnx")
-    if file is None:
+    files = {"keras": keras, "onnx": onnx, "huggingface": huggingface}
+    kinds = [kind for kind, file in files.items() if file is not None]
+    if not kinds:
         if given:
             raise click.UsageError(
-                f"--{next(iter(given))} is for custom models: give its file with --keras FILE or --onnx FILE."
+                f"--{next(iter(given))} is for custom models: give one with --keras FILE, --onnx FILE or --huggingface "
+                "FOLDER."
             )
         return None
-    if None not in (keras, onnx):
-        raise click.UsageError("--keras and --onnx exclude each other: a model has one file.")
-    if "channels" in given and onnx is None:
-        raise click.UsageError("--channels is for --onnx FILE: models of Keras take RGB.")
-    if labels is None:
-        raise click.UsageError(f"{option} FILE needs --labels FILE: one line per class, in the model's order.")
+    if len(kinds) > 1:
+        raise click.UsageError(f"--{kinds[0]} and --{kinds[1]} exclude each other: a model has one file.")
+    kind, what = kinds[0], "FOLDER" if kinds == ["huggingface"] else "FILE"
+    if "channels" in given and kind != "onnx":
+        raise click.UsageError("--channels is for --onnx FILE: other models take RGB.")
+    fixed = sorted({"size", "returns"} & given.keys()) if kind == "huggingface" else []
+    if fixed:
+        raise click.UsageError(f"--{fixed[0]} is not for --huggingface FOLDER: its config.json fixes that.")
+    if given.get("preprocessing") == "caffe" and kind == "huggingface":
+        raise click.UsageError("--preprocessing caffe is not for --huggingface FOLDER, whose models take RGB.")
+    if labels is None and kind != "huggingface":
+        raise click.UsageError(f"--{kind} FILE needs --labels FILE: one line per class, in the model's order.")
     if weights is not None:
-        raise click.UsageError(f"--weights is for models of the catalogue; {option} FILE contains its weights.")
+        raise click.UsageError(f"--weights is for models of the catalogue; --{kind} {what} contains its weights.")
     if len(names) != 1 or names[0].lower() == "all":
-        raise click.UsageError(f"{option} FILE installs one model. Give it one name, for example: my_pets")
+        raise click.UsageError(f"--{kind} {what} installs one model. Give it one name, for example: my_pets")
     from provider_image.compiler.custom import CustomModel
 
-    kind, weights_folder = option.removeprefix("--"), None if onnx is None else onnx.parent
+    file = files[kind]
+    assert file is not None
+    weights_folder = None if onnx is None else onnx.parent
     return CustomModel(name=names[0], file=file, kind=kind, labels=labels, weights_folder=weights_folder, **given)
 
 

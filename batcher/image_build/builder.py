@@ -98,7 +98,8 @@ def build_image(
     """Build the provider image with these models.
 
     Catalogue models that are not installed here are compiled in the build. Others are copied from the folder of
-    artefacts, so that the image has the same digests as this machine; custom models and embeddings always.
+    artefacts, so that the image has the same digests as this machine; custom models, vision transformers and embeddings
+    always.
 
     The engine runs twice: the first run exports the compiled artefacts, and the second, which has everything cached,
     puts their digests into the labels. So the digests are those of the files in the image.
@@ -123,6 +124,7 @@ def build_image(
         if installed
         or model not in CATALOGUE
         or CATALOGUE[model].base is not None
+        or CATALOGUE[model].source == "folder"
         or (weights is None and installed_digest(settings.models, model) is not None)
     ]
     engine = find_engine(settings.engine)

@@ -1,8 +1,8 @@
 """Custom models, which users saved elsewhere: what describes one, and the builder of those saved with Keras 3.
 
 Called by `mlg models compile NAME --keras FILE --labels FILE`. The file is checked before Keras loads it
-(`keras_file.py`); this module decides whether it is a classifier of one image and what its output means. The builder of
-ONNX files (`onnx_model.py`) shares those decisions.
+(`keras_file.py`); this module decides whether it is a classifier of one image and what its output means. The
+builders of other files (`onnx_model.py`, `transformers/builder.py`) share those decisions.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ RECIPE = "keras-file-1"
 BUILDERS = {
     "keras": "provider_image.compiler.custom:build",
     "onnx": "provider_image.compiler.onnx_model:build",
+    "huggingface": "provider_image.compiler.transformers.builder:build_custom",
 }
 #: Values of --preprocessing.
 PREPROCESSINGS = ("none", "unit", "tf", "torch", "caffe")
@@ -83,12 +84,12 @@ class CustomModel:
 
     #: The canonical name that it gets.
     name: str
-    #: The saved model, a .keras or an .onnx file.
+    #: The saved model: a .keras or an .onnx file, or a folder of Hugging Face's library.
     file: Path
     #: What kind of file that is, one of BUILDERS.
     kind: str = "keras"
-    #: The labels file, one line per class.
-    labels: Path
+    #: The labels file, one line per class; None takes what the file states, which only huggingface does.
+    labels: Path | None
     #: The folder of an ONNX file, beside which its weights may be: a confined process is given all that it may read.
     weights_folder: Path | None = None
     #: One of PREPROCESSINGS; None takes what the file states, or none.
@@ -119,6 +120,7 @@ def build(
     :raises NotInstalled: the models folder cannot be written.
     """
     check_description(models, custom)
+    assert custom.labels is not None
     labels = read_labels(custom.labels)
     with build_folder(models, custom.name) as folder, contextlib.ExitStack() as stack:
         on_step("checking the file")

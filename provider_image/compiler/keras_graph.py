@@ -28,8 +28,8 @@ HEADS = ("none", "softmax", "complement")
 #: Means of blue, green and red in ImageNet, which Caffe's models subtract.
 _CAFFE_MEANS = (103.939, 116.779, 123.68)
 #: Means and deviations of red, green and blue in ImageNet, scaled to 0-1, as in PyTorch's models.
-_TORCH_MEANS = (0.485, 0.456, 0.406)
-_TORCH_DEVIATIONS = (0.229, 0.224, 0.225)
+TORCH_MEANS = (0.485, 0.456, 0.406)
+TORCH_DEVIATIONS = (0.229, 0.224, 0.225)
 
 
 def import_keras() -> Any:
@@ -115,7 +115,7 @@ def preprocess(pixels: Any, preprocessing: str) -> Any:
         case "tf":
             return pixels / 127.5 - 1.0
         case "torch":
-            return (pixels / 255.0 - _TORCH_MEANS) / _TORCH_DEVIATIONS
+            return (pixels / 255.0 - TORCH_MEANS) / TORCH_DEVIATIONS
         case "lite":
             return (pixels - 127.0) / 128.0
         case "unit":

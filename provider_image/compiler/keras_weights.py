@@ -1,7 +1,7 @@
 """The weights files of `keras.applications`: found in a file, a folder or Keras' cache, or downloaded.
 
-Called by `mlg models compile`. Downloads trust the system's TLS certificates. Must not import keras, which takes
-seconds: missing weights are reported first.
+Also finds the folders of vision transformers. Called by `mlg models compile`. Downloads trust the system's TLS
+certificates. Must not import keras, which takes seconds: missing weights are reported first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from provider_image.environment import Environment
 from provider_image.errors import WeightsMismatch, WeightsMissing
-from provider_image.models.catalogue import ModelRow, PublishedWeights
+from provider_image.models.catalogue import ModelFacts, ModelRow, PublishedWeights
 
 #: The URL where Keras publishes weights; `ModelRow.weights.address` is below it.
 KERAS_WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/"
@@ -104,6 +104,31 @@ def find_weights(
         )
     _download(row, sources, cached, progress)
     return _weights_file(cached, row.weights)
+
+
+def find_folder(row: ModelFacts, sources: WeightsSources) -> Path:
+    """Find the folder of a vision transformer. :raises WeightsMissing: there is none; says where it was looked for."""
+    candidates = _candidate_folders(row, sources)
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder
+    places = f" It is not in {' or '.join(map(str, candidates))}." if candidates else ""
+    raise WeightsMissing(
+        f"{row.title} is built from a folder that Hugging Face's library saved, with config.json and model.safetensors."
+        f"{places} Give it: mlg models compile {row.name} --weights FOLDER"
+    )
+
+
+def has_folder(row: ModelFacts, sources: WeightsSources) -> bool:
+    """Tell whether the folders of weights have one with the name of the model."""
+    return any((folder / "config.json").is_file() for folder in _candidate_folders(row, sources)[-1:])
+
+
+def _candidate_folders(row: ModelFacts, sources: WeightsSources) -> list[Path]:
+    """List where the folder of a vision transformer may be: it is given, or has the name of the model."""
+    if sources.given is not None:
+        return [sources.given, sources.given / row.name]
+    return [] if sources.folder is None else [sources.folder / row.name]
 
 
 def _digest(path: Path, algorithm: str) -> str:

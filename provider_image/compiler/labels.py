@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from provider_image.errors import UnsuitableModel
@@ -41,16 +42,32 @@ def read_labels(path: Path) -> tuple[tuple[str, str], ...]:
         lines.pop()
     if not 1 <= len(lines) <= MAX_LABELS:
         raise UnsuitableModel(f"The labels file {path} has {len(lines)} lines; 1 to {MAX_LABELS} are allowed.")
-    labels: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    pairs = []
+    for line in lines:
         id, tab, name = line.removesuffix("\r").partition("\t")
-        for text in (id, name) if tab else (id,):
+        pairs.append((id, name if tab else id))
+    return check_labels(pairs, lambda number: f"Line {number} of {path}", "write a name, or an id, a tab and a name")
+
+
+def check_labels(
+    pairs: Iterable[tuple[str, str]], place: Callable[[int], str], form: str
+) -> tuple[tuple[str, str], ...]:
+    """Check labels.
+
+    :param pairs: (id, name) of each.
+    :param place: returns where a label is, by its number from 1.
+    :param form: how it should be written there.
+    :raises UnsuitableModel: one is invalid, or two have the same id; names its place.
+    """
+    labels: dict[str, str] = {}
+    for number, (id, name) in enumerate(pairs, 1):
+        for text in (id, name):
             if not 0 < len(text) <= MAX_LABEL_LENGTH or text != text.strip() or not text.isprintable():
                 raise UnsuitableModel(
-                    f"Line {number} of {path} is not a label: write a name, or an id, a tab and a name, each of 1 to "
-                    f"{MAX_LABEL_LENGTH} characters, without surrounding blanks and control characters."
+                    f"{place(number)} is not a label: {form}, each of 1 to {MAX_LABEL_LENGTH} characters, without "
+                    "surrounding blanks and control characters."
                 )
         if id in labels:
-            raise UnsuitableModel(f"Line {number} of {path} repeats the label {id!r}. Each class needs its own.")
-        labels[id] = name if tab else id
+            raise UnsuitableModel(f"{place(number)} repeats the label {id!r}. Each class needs its own.")
+        labels[id] = name
     return tuple(labels.items())

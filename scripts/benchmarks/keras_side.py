@@ -1,21 +1,25 @@
 """Keras in a separate process, as a simple script would use it: the comparison for mlg's runtime.
 
-`cold CLASS WEIGHTS CHUNK OUT` does one chunk of images including the import and writes the top five labels of
-each and its peak memory; `warm CLASS WEIGHTS CHUNK` answers each line with a number of seconds on standard input with
+`cold MODEL WEIGHTS CHUNK OUT` does one chunk of images including the import and writes the probabilities of
+each and its peak memory; `warm MODEL WEIGHTS CHUNK` answers each line with a number of seconds on standard input with
 the images per second of `predict` on ready arrays, in batches as large as the chunk.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from provider_image.chunk import open_chunk
+from provider_image.compiler.keras_graph import preprocess
+from provider_image.models.catalogue import CATALOGUE
 from provider_image.runtime import peak_memory_bytes
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -23,13 +27,25 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 
-def load(keras_class: str, weights: Path) -> tuple[Any, Any]:
-    """Import Keras, build the class and load the weights. :return: the network and the class's module."""
+def load(name: str, weights: Path) -> tuple[Any, Callable[[Any], Any]]:
+    """Import Keras or keras-hub, build a model of the catalogue and load the weights.
+
+    :return: the network, and its preprocessing of arrays.
+    """
+    row = CATALOGUE[name]
+    if row.transformer is not None:
+        from tests.keras_hub_networks import keras_hub_network
+        from tests.transformer_folders import read_tensors
+
+        config = json.loads((weights / "config.json").read_text())
+        network = keras_hub_network(config, read_tensors(weights / "model.safetensors"))
+        return network, functools.partial(preprocess, preprocessing=row.preprocessing)
     import keras
 
-    network = getattr(keras.applications, keras_class)(weights=None)
+    make = getattr(keras.applications, str(row.keras_class))
+    network = make(weights=None)
     network.load_weights(weights)
-    return network, importlib.import_module(getattr(keras.applications, keras_class).__module__)
+    return network, importlib.import_module(make.__module__).preprocess_input
 
 
 def batch_of(chunk: Path, side: int) -> Any:
@@ -45,13 +61,13 @@ def batch_of(chunk: Path, side: int) -> Any:
 
 
 if __name__ == "__main__":
-    way, keras_class, weights, chunk = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
-    network, module = load(keras_class, weights)
-    arrays = module.preprocess_input(batch_of(chunk, network.input_shape[1]))
+    way, name, weights, chunk = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    network, prepare = load(name, weights)
+    arrays = prepare(batch_of(chunk, network.input_shape[1]))
     probabilities = network.predict(arrays, batch_size=len(arrays), verbose=0)
     if way == "cold":
-        best = (-probabilities).argsort(axis=1)[:, :5].tolist()
-        Path(sys.argv[5]).write_text(json.dumps({"best": best, "peak_memory_bytes": peak_memory_bytes()}))
+        answers = {"probabilities": probabilities.tolist(), "peak_memory_bytes": peak_memory_bytes()}
+        Path(sys.argv[5]).write_text(json.dumps(answers))
     else:
         from scripts.benchmarks.measuring import rate
 

@@ -7,7 +7,7 @@ from provider_image.models import catalogue
 from provider_image.models.catalogue import CATALOGUE, find_model, install_command
 
 
-def test_catalogue_has_the_sixteen_keras_models_the_starter_and_newer_ones():
+def test_catalogue_has_the_sixteen_keras_models_the_starter_newer_ones_and_transformers():
     names = {name for name, row in CATALOGUE.items() if row.base is None}
 
     assert names == {
@@ -33,6 +33,7 @@ def test_catalogue_has_the_sixteen_keras_models_the_starter_and_newer_ones():
             "efficientnet_lite0",
         ],
         *["mobilenet_v2", "efficientnetv2_b0", "convnext_tiny"],
+        *["vit_base_patch16_224", "vit_large_patch16_224", "deit_base", "deit_base_distilled", "beit_base"],
     }
 
 
@@ -119,3 +120,16 @@ def test_install_command_names_the_model():
     assert install_command("vgg16") == "mlg models compile vgg16"
     assert install_command("vgg16_embedding") == "mlg models compile vgg16_embedding"
     assert install_command("my_pets_embedding") == "mlg models compile my_pets_embedding"
+    for name in ("beit_base", "beit_base_embedding"):
+        assert install_command(name) == f"mlg models compile {name} --weights FOLDER"
+
+
+def test_every_row_has_what_builds_it():
+    for row in CATALOGUE.values():
+        if row.base is None:
+            needed = {"keras": row.keras_class and row.weights, "folder": row.transformer, "wheel": row.name}
+            assert needed[row.source], row.name
+            assert (row.transformer is not None) == (row.source == "folder")
+            if row.transformer is not None:
+                assert row.features in (row.transformer.hidden_size, 2 * row.transformer.hidden_size)
+                assert set(row.transformer.model_types) <= {"vit", "deit", "beit"}

@@ -51,7 +51,7 @@ def test_a_custom_model_is_installed_by_a_command_and_listed(tmp_path: Path) -> 
     assert "cats is installed in" in done.stdout and "cats: reading weights" in done.stderr
     (own,) = (model for model in listed if model["name"] == "cats")
     assert (own["title"], own["source"], own["installed"], own["height"]) == ("Cats", "own", True, 32)
-    assert own["install"] == "mlg models compile cats --keras|--onnx FILE --labels FILE"
+    assert own["install"] == "mlg models compile cats --keras|--onnx FILE --labels FILE, or --huggingface FOLDER"
 
 
 def test_a_refused_file_is_reported_in_one_line(tmp_path: Path) -> None:
