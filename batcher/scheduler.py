@@ -26,6 +26,7 @@ from batcher.resizing import Resizer, is_resizing
 from batcher.result_writer import Tally
 from batcher.settings import BatcherSettings, BatcherTimings
 from batcher.systemd import extend_stop_timeout
+from batcher.trainings import TrainingRunner
 from batcher.waiting import wait_for_first
 from batcher.workspace import Workspace
 from provider_image.errors import MlgError
@@ -61,6 +62,7 @@ class OnceReport:
 class Batcher:
     """One batcher, from its registration in the store to its end.
 
+    :param trainings: fits trainings whose features are there; None leaves them to others.
     :param clock: returns the current time.
     """
 
@@ -73,11 +75,13 @@ class Batcher:
         home_settings: HomeSettings,
         workspace: Workspace,
         batcher_id: str,
+        trainings: TrainingRunner | None = None,
         clock: Callable[[], datetime] = now_utc,
         timings: BatcherTimings = BatcherTimings(),
     ) -> None:
         self._store = store
         self._executor = executor
+        self._trainings = trainings
         self._settings = settings
         self._timings = timings
         self._home_settings = home_settings
@@ -110,6 +114,7 @@ class Batcher:
             scheduler.add_job(self._flush, "interval", seconds=self._settings.every_seconds, next_run_time=now)
             scheduler.add_job(self._purge, "interval", seconds=self._timings.purge_seconds, next_run_time=now)
             polling = asyncio.create_task(self._poll_loop())
+            training = asyncio.create_task(self._trainings.run(stop)) if self._trainings is not None else None
             try:
                 while not stop.is_set():
                     await wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
@@ -118,6 +123,8 @@ class Batcher:
                         log.info("cycle ended", extra={**asdict(tally), "seconds": round(tally.seconds, 3)})
             finally:
                 polling.cancel()
+                if training is not None:
+                    await asyncio.wait({training})
 
     async def run_once(self, stop: asyncio.Event) -> OnceReport:
         """Process everything that waits now, back-offs included, and end.
@@ -141,6 +148,8 @@ class Batcher:
                 if stop.is_set() or all(self._cycle.unavailable_reason(model) is not None for model in models):
                     break
                 await wait_for_first(asyncio.sleep(self._timings.once_poll_seconds), stop.wait())
+            if self._trainings is not None and not stop.is_set():
+                await self._trainings.run_ready(stop)
             left = {model: (count, self._waiting_reason(model)) for model, count in waiting.items()}
             await self._purge()
         total.seconds = time.monotonic() - started_at
@@ -339,6 +348,7 @@ async def run_batcher(
             home_settings=home_settings,
             workspace=workspace,
             batcher_id=batcher_id,
+            trainings=TrainingRunner(store.trainings, home_settings.home, environment),
         )
         if is_once:
             return await batcher.run_once(stop)

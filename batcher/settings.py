@@ -34,6 +34,10 @@ class BatcherTimings:
     controls_poll_seconds: float = 0.5
     #: Interval at which expired data is deleted.
     purge_seconds: float = 3600.0
+    #: Interval at which trainings whose features are there are looked for, and the running one is looked at.
+    training_poll_seconds: float = 1.0
+    #: Longest time of one training's process.
+    training_seconds: float = 3600.0
     #: With `--once`: interval at which the end of back-offs is checked.
     once_poll_seconds: float = 0.25
     #: With `--once`: interval at which the models with requests from before the start are read.

@@ -48,7 +48,8 @@ def keys() -> None:
     multiple=True,
     default=[str(Scope.SUBMIT), str(Scope.READ)],
     help="What the key permits; may be given several times. submit: send images; read: read what was sent with the "
-    "same key; metrics: read /metrics; operate: read and change everything. [default: submit and read]",
+    "same key; train: train models, which every key may use; metrics: read /metrics; operate: read and change "
+    "everything. [default: submit and read]",
 )
 @click.option("--quota", type=click.IntRange(1, 10**12), metavar="N", help="Images per day (UTC). [default: unlimited]")
 @click.option("--rate", type=click.IntRange(1, 10**9), metavar="N", help="Requests per minute. [default: unlimited]")

@@ -11,6 +11,7 @@ import click
 from cli.compile import compile_models, installed_message
 from cli.options import environment, home_option, json_option
 from cli.tables import make_table, print_json_lines, print_table, width
+from cli.training.versions import all_versions, list_versions, print_versions, use_version
 from provider_image.models.catalogue import EMBEDDING_SUFFIX
 from provider_image.precision import PRECISIONS
 from store.settings import HomeSettings
@@ -31,6 +32,7 @@ def models(context: click.Context, as_json: bool) -> None:
       mlg models
       mlg models compile efficientnet_lite0
       mlg models check efficientnet_lite0
+      mlg models use my_pets@1
     """
     if context.invoked_subcommand is None:
         context.invoke(list_models, as_json=as_json)
@@ -53,8 +55,9 @@ def list_models(as_json: bool) -> None:
     from server.serializers import serialize_models
 
     rows = serialize_models(settings.models)
+    versions = all_versions(settings)
     if as_json:
-        print_json_lines(rows)
+        print_json_lines({**row, "versions": versions[row["name"]]} if row["name"] in versions else row for row in rows)
         return
     has_titles = width() >= _MIN_WIDTH_WITH_TITLES
     first = ("model", "title") if has_titles else ("model",)
@@ -66,11 +69,15 @@ def list_models(as_json: bool) -> None:
         name = f"  {EMBEDDING_SUFFIX}" if row["base"] in names_shown else row["name"]
         table.add_row(name, *titles, row["service"], _input_cell(row), *_installed_cells(row))
     print_table(table)
+    if versions:
+        click.echo()
+        print_versions([one for found in versions.values() for one in found])
     if any(row["installed"] and row["images_per_second"] is None for row in rows):
         click.echo("To measure images/s on this machine: mlg models check MODEL", err=True)
 
 
-models.add_command(compile_models)
+for command in (compile_models, list_versions, use_version):
+    models.add_command(command)
 
 
 @models.command("labels")

@@ -261,6 +261,57 @@ class Calls(abc.ABC):
             for request in part:
                 yield ended.get(request.id, request)
 
+    # Trainings
+
+    @ClientMethod
+    async def train(
+        self,
+        examples: Image | None,
+        name: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Mapping[str, Any]:
+        """Train a model on a zip with a folder of images for each class, or on a CSV with a table or texts.
+
+        :param examples: None with the parameter `collection`.
+        :param name: of the model.
+        :param params: `backbone`, `seed`, `target`, `label`, `text`, `segmenter`, `collection`.
+        :param idempotency_key: sending again with the same key begins no second training. Defaults to a random key.
+        :raises Refused: the examples or the name cannot be used.
+        """
+        data, path = b"" if examples is None else load(examples).data, f"/train/{quote(name, safe='')}"
+        kind = "application/zip" if data.startswith(b"PK") else "text/csv"
+        return await self._send(
+            "POST",
+            path,
+            headers={"Idempotency-Key": idempotency_key or uuid.uuid4().hex, "Content-Type": kind},
+            timeout=self._timeout_seconds + len(data) / _SLOW_BYTES_PER_SECOND,
+            params=_query(None, params, None),
+            content=data,
+        )
+
+    @ClientMethod
+    async def training(self, id: str) -> Mapping[str, Any]:
+        """Read the progress and the figures of a training. :raises Refused: with the code unknown_training."""
+        return await self._send("GET", f"/trainings/{_id(id)}")
+
+    @ClientMethod
+    async def training_file(self, id: str, name: str) -> bytes:
+        """Read a file of a training's result, for example confusion.png. :raises Refused: there is none."""
+        path = f"/trainings/{_id(id)}/files/{quote(name, safe='')}"
+        return await self._exchange(lambda response: response.content, "GET", path)
+
+    @ClientMethod
+    async def cancel_training(self, id: str) -> Mapping[str, Any]:
+        """Cancel a training. :raises Refused: it has ended."""
+        return await self._post(f"/trainings/{_id(id)}/cancel")
+
+    @ClientMethod
+    async def use_version(self, name: str, version: int) -> Mapping[str, Any]:
+        """Go back to a version of a model that was trained. :raises Refused: with the code unknown_version."""
+        return await self._post(f"/models/{quote(name, safe='')}/versions/{version}/use")
+
     # Models
 
     @ClientMethod

@@ -19,6 +19,7 @@ from server.api.views.health import HealthViews
 from server.api.views.operator import OperatorViews
 from server.api.views.predictions import PredictionViews
 from server.api.views.requests import RequestViews
+from server.api.views.trainings import TrainingViews
 from server.api.views.webhooks import WebhookViews
 from server.auth.guard import install_guard
 from server.auth.memory import RequestMemory
@@ -30,6 +31,7 @@ from server.pages.login import LoginViews
 from server.pages.operator import OperatorPageViews
 from server.pages.render import RenderViews
 from server.pages.requests import RequestPageViews
+from server.pages.trainings import TrainingPageViews
 from server.settings import ServerSettings
 from store.store import Store
 
@@ -42,12 +44,14 @@ VIEWS: tuple[type[Views], ...] = (
     RequestViews,
     CollectionViews,
     EventViews,
+    TrainingViews,
     WebhookViews,
     OperatorViews,
     RenderViews,
     HomeViews,
     RequestPageViews,
     BatchPageViews,
+    TrainingPageViews,
     OperatorPageViews,
     ApiReferenceViews,
     LoginViews,

@@ -22,10 +22,11 @@ from server.endpoint import get_operation
 from server.errors import TooManyDownloads
 from server.intake.accept import Intake, can_build
 from server.intake.idempotency import Repetitions, is_repeatable
+from server.intake.trainings import TrainingIntake
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
-from server.serializers import parse_read_params, serialize_request
+from server.serializers import parse_read_params, serialize_request, serialize_training
 from server.settings import ServerSettings
 from server.similarity import Similarity
 from server.status.dashboard import Dashboard
@@ -37,6 +38,7 @@ from store.collections.collections import CollectionRecord
 from store.errors import ImageGone
 from store.requests import RequestRecord
 from store.store import Store
+from store.trainings.records import TrainingRecord, TrainingState
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +48,7 @@ class Context:
     settings: ServerSettings
     store: Store
     intake: Intake
+    training_intake: TrainingIntake
     #: Holds reads until their request is final.
     long_poller: LongPoller
     #: Notifies event streams and held reads of changes.
@@ -72,12 +75,14 @@ class Context:
         queue_stats = QueueStats(store)
         work_slots = threading.BoundedSemaphore(settings.server_threads)
         change_dispatcher = ChangeDispatcher(store.changes, capacity=settings.max_streams)
+        intake = Intake(
+            settings, store, queue_stats=queue_stats, active_reads=active_reads, work_slots=work_slots, clock=clock
+        )
         return cls(
             settings=settings,
             store=store,
-            intake=Intake(
-                settings, store, queue_stats=queue_stats, active_reads=active_reads, work_slots=work_slots, clock=clock
-            ),
+            intake=intake,
+            training_intake=TrainingIntake(settings, store, intake, clock),
             long_poller=LongPoller(change_dispatcher, store.requests, capacity=settings.max_held_reads),
             change_dispatcher=change_dispatcher,
             cursors=Cursors(settings.home),
@@ -101,6 +106,24 @@ class Context:
         if params is None:
             params = parse_read_params(request.service, {})
         return serialize_request(request, params, self.estimate_wait(request), models=self.settings.models)
+
+    def serialize_training(self, training: TrainingRecord, *, is_whole: bool = False) -> dict[str, Any]:
+        """Build a training's JSON, with the reason why it waits. :param is_whole: with its figures."""
+        has_progress = training.batch_id is not None and (is_whole or not training.state.is_final)
+        progress = self.store.batches.progress(training.batch_id or "") if has_progress else None
+        waiting_for = None
+        if training.state is TrainingState.WAITING:
+            waiting_for = "The batcher will begin to fit in a moment."
+            if not self.queue_stats.batchers():
+                waiting_for = "Nothing is processed now: no batcher is running. Start one: mlg batch (or mlg up)."
+            if training.batch_id is not None and progress is not None and progress.waiting:
+                last = self.store.batches.last_unfinished(training.batch_id, progress)
+                wait = None if last is None else self.estimate_wait(last)
+                waiting_for = waiting_for if wait is None else wait.waiting_for
+        is_used = training.digest is not None and training.digest == installed_digest(
+            self.settings.models, training.name
+        )
+        return serialize_training(training, progress, waiting_for, is_used=is_used, is_whole=is_whole)
 
     def read_image(self, request: RequestRecord) -> bytes:
         """Read the image of a request. :raises ImageGone: it was deleted. :raises TooManyDownloads:"""
@@ -155,6 +178,10 @@ class Views:
     def _get_batch(self, id: str) -> BatchRecord:
         """Return a batch of the caller's. :raises UnknownBatch:"""
         return owned(self._store.batches.get, id)
+
+    def _get_training(self, id: str) -> TrainingRecord:
+        """Return a training of the caller's. :raises UnknownTraining:"""
+        return owned(self._store.trainings.get, id)
 
     def _get_collection(self, name: str) -> CollectionRecord:
         """Return a collection of the caller's by its name, or by its id. :raises UnknownCollection:"""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from provider_image import errors
+from provider_image.compiler.versions import UnknownVersion
 from provider_image.errors import BadInput, MlgError, TooManyBytes
 from store import errors as store_errors
 from store.batches import BatchInProgress, DuplicateClientId
@@ -17,6 +18,14 @@ from store.clients.webhooks import UnknownWebhook
 from store.collections.collections import CollectionExists
 from store.collections.likeness import ComparisonTooLong
 from store.rentals.providers import UnknownProvider
+from store.trainings.records import (
+    NameTaken,
+    TooManyModels,
+    TooManyTrainings,
+    TrainingEnded,
+    TrainingInProgress,
+    VersionInUse,
+)
 
 # Access
 
@@ -136,13 +145,19 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
     400: (BadInput,),
     401: (KeyMissing, KeyRefused),
     403: (AccessRefused,),
-    404: (errors.UnknownModel, store_errors.UnknownRequest, UnknownProvider, UnknownWebhook),
+    404: (errors.UnknownModel, store_errors.UnknownRequest, UnknownProvider, UnknownVersion, UnknownWebhook),
     409: (
         store_errors.NotCancellable,
         store_errors.NotRetryable,
         store_errors.NotRemovable,
         BatchInProgress,
         DuplicateClientId,
+        NameTaken,
+        TooManyModels,
+        TooManyTrainings,
+        TrainingEnded,
+        TrainingInProgress,
+        VersionInUse,
         KeyUnderWay,
         CollectionExists,
         ComparisonTooLong,

@@ -19,9 +19,11 @@ from provider_image.service import check_params, primary_input
 from provider_image.services import REGISTRY, load_service
 from server.record_json import fields, given_fields
 from server.status.eta import WaitEstimate
+from store.batches import BatchProgress
 from store.clients.webhooks import DeliveryRecord
 from store.requests import RequestRecord
 from store.states import RequestState
+from store.trainings.records import TrainingRecord
 
 
 def serialize_request(
@@ -139,6 +141,43 @@ def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
         "images_per_second": None if speed is None else speed.images_per_second,
         "install": install_command(row.name),
     }
+
+
+def serialize_training(
+    training: TrainingRecord,
+    progress: BatchProgress | None,
+    waiting_for: str | None,
+    *,
+    is_used: bool,
+    is_whole: bool,
+) -> dict[str, Any]:
+    """Build a training's JSON.
+
+    :param progress: of the requests for features, if there are any.
+    :param is_used: the model that it made is the one that is installed.
+    :param is_whole: with the figures; else only the most important ones.
+    """
+    shown: dict[str, Any] = {
+        "training_id": training.id,
+        "name": training.name,
+        "kind": str(training.kind),
+        "state": str(training.state),
+        **fields(training, "backbone target seed examples created_at"),
+        **given_fields(training, "batch_id options step started_at ended_at version digest reason code"),
+        "is_used": is_used,
+        "figures": {
+            name: value
+            for name, value in training.figures.items()
+            if is_whole or name in ("kind", "count", "accuracy", "accuracy_low", "accuracy_high", "mae", "rmse")
+        },
+        "files": {
+            name: {"url": f"/trainings/{training.id}/files/{name}", "media_type": kind}
+            for name, kind in training.files.items()
+        },
+    }
+    if progress is not None:
+        shown["features"] = fields(progress, "queued claimed done failed cancelled expired")
+    return shown if waiting_for is None else {**shown, "waiting_for": waiting_for}
 
 
 def serialize_delivery(delivery: DeliveryRecord) -> dict[str, Any]:

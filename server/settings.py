@@ -65,6 +65,9 @@ class ServerSettings(HomeSettings):
     #: Event streams that one server process keeps open, at most half of them for one API key.
     #: MLG_MAX_STREAMS. Defaults to 256.
     max_streams: int = setting("MLG_MAX_STREAMS", 256, minimum=1, maximum=10_000)
+    #: Models that one API key may train; those that only another version is trained of count once.
+    #: MLG_MAX_TRAINED_MODELS. Defaults to 50.
+    max_trained_models: int = setting("MLG_MAX_TRAINED_MODELS", 50, minimum=0, maximum=100_000)
     #: Send webhooks also to private addresses and without TLS. MLG_WEBHOOKS_PRIVATE. Defaults to 0.
     allows_private_webhooks: bool = setting("MLG_WEBHOOKS_PRIVATE", False)
 

@@ -910,6 +910,63 @@ def m019_collections(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m020_trainings(db: sqlite_utils.Database) -> None:
+    """Trainings of own models, and their examples."""
+    for statement in (
+        """
+        CREATE TABLE trainings (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            id TEXT NOT NULL UNIQUE,
+            name TEXT NOT NULL,
+            name_key TEXT NOT NULL,
+            kind TEXT NOT NULL,
+            state TEXT NOT NULL CHECK (state IN ('waiting_for_features', 'fitting', 'done', 'failed', 'cancelled')),
+            key_id TEXT,
+            backbone TEXT,
+            target TEXT,
+            options TEXT NOT NULL,
+            seed INTEGER NOT NULL,
+            batch_id TEXT,
+            examples INTEGER NOT NULL,
+            step TEXT,
+            failures INTEGER NOT NULL,
+            token INTEGER NOT NULL,
+            worker TEXT,
+            version INTEGER,
+            digest TEXT,
+            figures TEXT,
+            files TEXT,
+            code TEXT,
+            reason TEXT,
+            created_at TEXT NOT NULL,
+            started_at TEXT,
+            ended_at TEXT,
+            CHECK ((state = 'fitting') = (worker IS NOT NULL)),
+            CHECK ((state IN ('done', 'failed', 'cancelled')) = (ended_at IS NOT NULL)),
+            CHECK (state != 'done' OR (digest IS NOT NULL AND figures IS NOT NULL AND version IS NOT NULL)),
+            CHECK (state != 'failed' OR reason IS NOT NULL)
+        )
+        """,
+        "CREATE INDEX trainings_name ON trainings (name_key, number)",
+        "CREATE INDEX trainings_key ON trainings (key_id, number)",
+        "CREATE INDEX trainings_unfinished ON trainings (state, number) "
+        "WHERE state IN ('waiting_for_features', 'fitting')",
+        # Added before its training, so that adding many does not hold the write lock for long.
+        """
+        CREATE TABLE training_examples (
+            training_id TEXT NOT NULL,
+            position INTEGER NOT NULL,
+            request_id TEXT NOT NULL,
+            name TEXT NOT NULL,
+            label TEXT,
+            target REAL,
+            PRIMARY KEY (training_id, position)
+        ) WITHOUT ROWID
+        """,
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -930,6 +987,7 @@ STEPS: tuple[Step, ...] = (
     m017_leases,
     m018_unused_providers,
     m019_collections,
+    m020_trainings,
 )
 
 

@@ -25,6 +25,7 @@ from store.migrations import KEEP_UNTIL_SQL
 from store.rentals.providers import KEEP_UNUSED, Providers
 from store.requests import ROWS_PER_COMMIT, delete_requests
 from store.rows import to_text
+from store.trainings.trainings import Trainings
 
 #: How long a listener may be disconnected and still receive only what it missed.
 KEEP_CHANGES = timedelta(days=1)
@@ -86,6 +87,7 @@ class Retention:
         idempotency: Idempotency,
         providers: Providers,
         collections: Collections,
+        trainings: Trainings,
     ) -> None:
         self._database = database
         self._images = images
@@ -95,6 +97,7 @@ class Retention:
         self._idempotency = idempotency
         self._providers = providers
         self._collections = collections
+        self._trainings = trainings
         self._is_stopping = threading.Event()
 
     def stop(self) -> None:
@@ -116,7 +119,7 @@ class Retention:
         self._webhooks.purge(before=now - KEEP_DELIVERIES)
         self._idempotency.purge(now=now)
         self._providers.purge(before=now - KEEP_UNUSED)
-        leftovers = self._sweep(now)
+        leftovers = self._trainings.purge(before=results_before) + self._sweep(now)
         if not self._is_stopping.is_set():
             self._collections.update_caches()
         return PurgeReport(images=images, results=results, leftovers=leftovers)

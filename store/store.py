@@ -39,6 +39,7 @@ from store.retention import Retention
 from store.search import Search
 from store.settings import HomeSettings
 from store.stats import Stats
+from store.trainings.trainings import Trainings
 
 
 class Store:
@@ -68,6 +69,7 @@ class Store:
         self.changes = Changes(self.database)
         self.webhooks = Webhooks(self.database)
         self.collections = Collections(self.database, settings.collections)
+        self.trainings = Trainings(self.database, settings.home / "trainings")
         self.retention = Retention(
             self.database,
             self.images,
@@ -77,6 +79,7 @@ class Store:
             self.idempotency,
             self.providers,
             self.collections,
+            self.trainings,
         )
 
     def migrate(self) -> list[str]:
@@ -133,6 +136,7 @@ class Store:
     def close(self) -> None:
         """Commit pending writes and close every connection."""
         self.idempotency.close()
+        self.trainings.close()
         self.database.close()
 
     def __repr__(self) -> str:

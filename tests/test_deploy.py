@@ -254,7 +254,10 @@ def test_the_proxy_accepts_what_the_server_accepts_and_does_not_buffer_events(cl
     assert "proxy_request_buffering on;" in text
     batches = re.search(r"location ~\* (\S+) \{[^}]*limit_conn batches \d;", text)
     assert batches is not None, "or anybody fills the proxy's disk"
-    assert all(re.search(batches[1], path) for path in ("/requestPredictions/x", "/collections/x/images"))
+    assert all(
+        re.search(batches[1], path)
+        for path in ("/requestPredictions/x", "/collections/x/images", "/train/x", "/ui/train/new/x")
+    )
     assert not any(re.search(batches[1], path) for path in ("/requestPrediction/x", "/collections/x/images/id"))
     events = re.search(r"location ~ (\S+) \{[^}]*proxy_buffering off;", text)
     assert events is not None

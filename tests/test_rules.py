@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 BELOW = {
     "provider_image": set(),
     "store": {"provider_image"},
-    "server": {"provider_image", "store"},
+    "server": {"provider_image", "store", "trainer"},
     "batcher": {"provider_image", "store"},
     "devnet": {"provider_image"},
     "trainer": {"provider_image", "store"},
@@ -48,7 +48,7 @@ LEVELS = {
         "image_build",
         "executors settings",
         "resizing",
-        "packing results result_writer",
+        "packing results result_writer trainings",
         "cycle",
         "scheduler",
     ),
@@ -180,7 +180,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
 
 
 def test_async_stays_where_many_waits_happen_at_once() -> None:
-    batcher = ("batcher/executors/", "batcher/cycle", "batcher/scheduler", "batcher/waiting")
+    batcher = ("batcher/executors/", "batcher/cycle", "batcher/scheduler", "batcher/trainings", "batcher/waiting")
     allowed = (*batcher, "devnet/", "cli/rentals/devnet", "mlg_client/")
     for path in all_modules():
         place = str(path.relative_to(ROOT))

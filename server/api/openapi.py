@@ -28,7 +28,7 @@ from server.intake.uploads import IDEMPOTENCY_KEY
 VERSION = "3.1.0"
 _EXTENSION = "mlg_openapi"
 #: The order of the headings; others come last.
-_TAGS = ("predictions", "batches", "requests", "collections", "events", "models", "server")
+_TAGS = ("predictions", "batches", "requests", "collections", "trainings", "events", "models", "server")
 #: Used in examples.
 EXAMPLE_MODEL = "efficientnet_lite0"
 EXAMPLE_URL = "http://127.0.0.1:5000"
@@ -36,6 +36,7 @@ EXAMPLE_URL = "http://127.0.0.1:5000"
 _PATH_PARAMETERS = {
     "model": Field(name="model", help="A model of GET /models, in any spelling.", schema={"examples": [EXAMPLE_MODEL]}),
     "id": Field(name="id", help="An id from the server."),
+    "version": Field(name="version", help="The number of a version.", schema={"type": "integer", "minimum": 1}),
     "name": Field(name="name", help="A name from the server."),
 }
 _IDEMPOTENCY_KEY = Field(

@@ -13,6 +13,7 @@ from typing import Any
 
 from provider_image.services import REGISTRY, load_service
 from store.states import EXPIRED, RequestState
+from store.trainings.records import TrainingKind, TrainingState
 
 Schema = dict[str, Any]
 
@@ -250,6 +251,51 @@ _SCORED_MEMBER = {
     "required": [*_MEMBER["required"], "score"],
     "properties": {**_MEMBER["properties"], "score": _SCORE},
 }
+_TRAINING = success(
+    "training_id name kind state backbone target seed examples created_at is_used figures files",
+    training_id=string("Its id."),
+    name=string("The name of the model that it makes."),
+    kind=enum(TrainingKind, "What it learns from."),
+    state=enum(TrainingState, "Its state; done, failed and cancelled are final."),
+    backbone=nullable(string("The model whose features are used.")),
+    target=nullable(string("The column of the table with what is learned.")),
+    options=map_of("string", "Further options of its kind."),
+    seed=integer("Decides which examples are held out."),
+    examples=integer("Examples that were accepted."),
+    created_at=timestamp("When it was created."),
+    started_at=timestamp("When fitting began."),
+    ended_at=timestamp("When it ended."),
+    batch_id=string("The batch of the requests for features."),
+    features=object_schema(
+        **{state: integer("Requests for features.") for state in _COUNTS if state not in ("refused", "deleted")}
+    ),
+    step=string("What is done now."),
+    waiting_for=string("Why nothing is done now."),
+    version=integer("Counts the finished trainings of this name."),
+    digest=string("Digest of the model that was made."),
+    is_used=boolean("Whether that is the model which is installed under the name."),
+    figures={
+        "type": "object",
+        "additionalProperties": True,
+        "description": "How good the model is, on examples that it has not seen; empty before. Lists show a few.",
+    },
+    files={
+        "type": "object",
+        "additionalProperties": object_schema(url=string("Path of the file."), media_type=string("Its media type.")),
+        "description": "Files of the result: every answer, the worst mistakes, the confusion matrix.",
+    },
+    reason=string("Why it failed, for people."),
+    code=string("The same in one word, for programs."),
+)
+_TRAINING_SUBMITTED = success(
+    training_id=string("Reads the training."),
+    status_url=string("Path of its progress."),
+    name=string("The name of the model."),
+    batch_id=nullable(string("The batch of the requests for features; null for a table.")),
+    accepted=integer("Examples that were accepted."),
+    refused=integer("Examples that were refused."),
+    items=list_of(object_schema(**_REFUSED), "The first hundred that were refused."),
+)
 _CATALOGUE_MODEL = object_schema(
     name=string("The name in paths; case and separators do not matter."),
     title=string("The name for people."),
@@ -312,6 +358,10 @@ def schemas() -> Mapping[str, Schema]:
                 "The largest first.",
             ),
         ),
+        "Training": _TRAINING,
+        "Trainings": success(trainings=list_of(_without_success(_TRAINING)), next=_NEXT),
+        "TrainingSubmitted": _TRAINING_SUBMITTED,
+        "Versions": success(versions=list_of(_without_success(_TRAINING))),
         "Model": _CATALOGUE_MODEL,
         "Models": success(models=list_of(ref("Model"))),
         "Index": success(

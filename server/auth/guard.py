@@ -38,6 +38,7 @@ from store.clients.keys import KeyRecord, Keys, Scope
 from store.collections.collections import CollectionRecord, UnknownCollection
 from store.errors import QuotaReached, StoreError, UnknownRequest
 from store.requests import RequestRecord
+from store.trainings.records import TrainingRecord, UnknownTraining
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,15 @@ CLIENT = "mlg.client"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-Record = TypeVar("Record", RequestRecord, BatchRecord, CollectionRecord)
+Record = TypeVar("Record", RequestRecord, BatchRecord, CollectionRecord, TrainingRecord)
+
+#: Record -> the error for one that the caller must not see.
+_UNKNOWN: Mapping[type, type[UnknownRequest]] = {
+    RequestRecord: UnknownRequest,
+    BatchRecord: UnknownBatch,
+    CollectionRecord: UnknownCollection,
+    TrainingRecord: UnknownTraining,
+}
 
 # For views
 
@@ -70,7 +79,7 @@ def visible_key_id() -> str | None:
     return None if key is None or key.is_operator else key.id
 
 
-def is_owner(record: RequestRecord | BatchRecord | CollectionRecord) -> bool:
+def is_owner(record: RequestRecord | BatchRecord | CollectionRecord | TrainingRecord) -> bool:
     """Tell whether the caller may see and change a record. Operators may, and everybody where no key is required."""
     key = current_key()
     if key is None:
@@ -82,19 +91,12 @@ def owned(look_up: Callable[[str], Record], id: str) -> Record:
     """Look up a record of the caller's. That of another key is treated as if it did not exist.
 
     :param look_up: a method of the store: `requests.get`, `batches.get`.
-    :raises UnknownRequest: :raises UnknownBatch: :raises UnknownCollection:
+    :raises UnknownRequest: :raises UnknownBatch: :raises UnknownCollection: :raises UnknownTraining:
     """
     record = look_up(id)
     if not is_owner(record):
         raise _UNKNOWN[type(record)]()
     return record
-
-
-_UNKNOWN: Mapping[type, type[UnknownRequest]] = {
-    RequestRecord: UnknownRequest,
-    BatchRecord: UnknownBatch,
-    CollectionRecord: UnknownCollection,
-}
 
 
 def caller_check() -> Callable[[], bool]:

@@ -219,14 +219,19 @@ class Intake:
             return self._store.requests.add(new, staged), submission.read_params
 
     @contextlib.contextmanager
-    def read_batch(self, request: Request, model: str) -> Iterator[ReceivedBatch]:
+    def read_batch(
+        self, request: Request, model: str, given: Mapping[str, str] | None = None
+    ) -> Iterator[ReceivedBatch]:
         """Read the images of a batch: a form, a zip, or lines of URLs; or the first inputs of another service.
 
         The slot of the batch is kept until the block ends.
 
+        :param given: the parameters of the batch, for a view whose query has others.
         :raises MlgError: the batch cannot be accepted.
         """
-        fields, options = read_request_options(request, self._clock())
+        fields, options = (
+            read_request_options(request, self._clock()) if given is None else (dict(given), RequestOptions())
+        )
         name = clean_name(fields.pop("name", None))
         submission = self._check(model, fields, options)
         service = submission.service
@@ -244,8 +249,23 @@ class Intake:
         if max_bytes > room * (self._settings.max_image_bytes + FORM_ALLOWANCE_BYTES):
             # More bytes hold more images than may be accepted, or some that are too large.
             max_bytes, too_large = room * (self._settings.max_image_bytes + FORM_ALLOWANCE_BYTES), is_full
+        with self.spool_body(request, max_bytes=max_bytes, too_large=too_large) as (file, digest):
+            yield ReceivedBatch(
+                submission=submission, name=name, file=file, kind=kind, boundary=boundary, digest=digest
+            )
+
+    @contextlib.contextmanager
+    def spool_body(
+        self, request: Request, *, max_bytes: int, too_large: errors.MlgError
+    ) -> Iterator[tuple[IO[bytes], str | None]]:
+        """Write a large body to a temporary file. Its slot is kept until the block ends.
+
+        :param too_large: raised for a body of more than `max_bytes`.
+        :return: the file, and the digest of the body; None for a request without an idempotency key.
+        :raises TooManyUploads: there is no slot for this client.
+        """
         digest = body_digest(request)
-        with self._batch_slots.holding(submission.key_id) as is_held:
+        with self._batch_slots.holding(current_key_id()) as is_held:
             if not is_held:
                 raise TooManyUploads()
             with spool(
@@ -256,14 +276,7 @@ class Intake:
                 active_reads=self._active_reads,
                 digest=digest,
             ) as file:
-                yield ReceivedBatch(
-                    submission=submission,
-                    name=name,
-                    file=file,
-                    kind=kind,
-                    boundary=boundary,
-                    digest=None if digest is None else digest.hexdigest(),
-                )
+                yield file, None if digest is None else digest.hexdigest()
 
     def add_stored_image(self, request: RequestRecord, model: str) -> RequestRecord:
         """Add a request for the image of another one, with another model.
@@ -315,11 +328,18 @@ class Intake:
         raise errors.BrokenImage("The image is not kept any more. Send it again.")
 
     def add_batch(
-        self, received: ReceivedBatch, collection: CollectionRecord | None = None
+        self,
+        received: ReceivedBatch,
+        collection: CollectionRecord | None = None,
+        *,
+        items: Iterator[BatchItem] | None = None,
+        check: Callable[[Sequence[StagedItem]], None] = lambda outcomes: None,
     ) -> tuple[BatchRecord, Sequence[StagedItem]]:
         """Check the items of a batch and add their requests.
 
         :param collection: their images become members of it.
+        :param items: what the body has, if it was parsed already.
+        :param check: gets the items before their requests are added; what it raises refuses the batch.
         :return: after all inputs and requests are durable: the batch, and its items in the order of the body.
         :raises MlgError: the body cannot be read, or nothing is accepted now; nothing is kept.
         """
@@ -336,7 +356,9 @@ class Intake:
             else self._work_slots
         ):
             outcomes = self._stager.stage_items(
-                parse_items(
+                items
+                if items is not None
+                else parse_items(
                     received.file,
                     received.kind,
                     received.boundary,
@@ -351,6 +373,11 @@ class Intake:
                 room=room,
                 is_full=is_full,
             )
+        try:
+            check(outcomes)
+        except errors.MlgError:
+            self._stager.discard(outcomes)
+            raise
         return self._add_items(submission, received.name, outcomes, collection)
 
     def _add_items(

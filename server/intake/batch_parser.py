@@ -206,7 +206,7 @@ def _form_items(
 ) -> Iterator[BatchItem]:
     position = 0
     given: str | None = None
-    for name, filename, data in _parts(file, boundary, folder, max_image_bytes):
+    for name, filename, data in form_parts(file, boundary, folder, max_image_bytes):
         if name == "archive":
             with data:
                 if position or given:
@@ -240,7 +240,7 @@ def _form_items(
         )
 
 
-def _parts(
+def form_parts(
     file: IO[bytes], boundary: str, folder: Path, max_image_bytes: int
 ) -> Iterator[tuple[str, str | None, IO[bytes]]]:
     """Iterate over the parts of a form: name, file name, and bytes; of an image over the limit only the beginning."""
@@ -285,7 +285,7 @@ def _parts(
 
 
 def _zip_items(file: IO[bytes], max_image_bytes: int, max_bytes: int) -> Iterator[BatchItem]:
-    _check_directory(file)
+    check_directory(file)
     try:
         with zipfile.ZipFile(file) as archive:
             entries = [entry for entry in archive.infolist() if _is_regular_file(entry)]
@@ -299,7 +299,7 @@ def _zip_items(file: IO[bytes], max_image_bytes: int, max_bytes: int) -> Iterato
         raise MalformedRequest(f"The zip cannot be read ({error}).") from error
 
 
-def _check_directory(file: IO[bytes]) -> None:
+def check_directory(file: IO[bytes]) -> None:
     """Check the end of a zip before its directory is read. :raises MalformedRequest: :raises TooManyItems:"""
     size = file.seek(0, io.SEEK_END)
     start = max(0, size - 22 - 65535 - 20)

@@ -71,6 +71,8 @@ class Scope(enum.StrEnum):
     SUBMIT = "submit"
     #: Read the key's own requests.
     READ = "read"
+    #: Train models, which every key may use then; install earlier versions of them.
+    TRAIN = "train"
     #: Read the figures of all keys together, for Prometheus.
     METRICS = "metrics"
     #: See and change everything.

@@ -1,0 +1,1 @@
+"""Trainings: models that are fitted to a client's own examples, from the examples to the installed model."""
