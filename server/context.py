@@ -17,11 +17,13 @@ from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import CATALOGUE, install_command
 from server.auth.cursors import CursorCodec, Cursors
 from server.auth.guard import current_key_id, owned, visible_key_id
+from server.auth.limits import FairSlots
 from server.auth.memory import hold_bytes
 from server.endpoint import get_operation
 from server.errors import TooManyDownloads
 from server.intake.accept import Intake, can_build
 from server.intake.idempotency import Repetitions, is_repeatable
+from server.intake.redo import Redo
 from server.intake.trainings import TrainingIntake
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
@@ -67,6 +69,10 @@ class Context:
     thumbnails: Thumbnails
     #: Searches in collections.
     similarity: Similarity
+    #: Does requests again with another model.
+    redo: Redo
+    #: Taken meanwhile: it keeps a thread for some seconds.
+    redo_slots: FairSlots
 
     @classmethod
     def create(cls, settings: ServerSettings, store: Store, clock: Callable[[], datetime]) -> Context:
@@ -94,6 +100,8 @@ class Context:
             repetitions=Repetitions(
                 store.idempotency, active_reads=active_reads, max_body_bytes=settings.max_batch_bytes, clock=clock
             ),
+            redo=Redo(settings, store, clock),
+            redo_slots=FairSlots(settings.server_threads // 4),
             thumbnails=Thumbnails(store.images, max_waiting=max(2, settings.server_threads // 2)),
             similarity=Similarity(store.collections, max_waiting=max(2, settings.server_threads // 4)),
         )

@@ -12,7 +12,7 @@ from provider_image import errors
 from provider_image.compiler.versions import UnknownVersion
 from provider_image.errors import BadInput, MlgError, TooManyBytes
 from store import errors as store_errors
-from store.batches import BatchInProgress, DuplicateClientId
+from store.batches import BatchInProgress, BatchStopped, DuplicateClientId
 from store.clients.idempotency import IdempotencyKeyReused
 from store.clients.webhooks import UnknownWebhook
 from store.collections.collections import CollectionExists
@@ -151,6 +151,7 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
         store_errors.NotRetryable,
         store_errors.NotRemovable,
         BatchInProgress,
+        BatchStopped,
         DuplicateClientId,
         NameTaken,
         TooManyModels,

@@ -42,8 +42,14 @@ def serialize_request(
         "status": request.status,
         "preds": None,
         **fields(request, "model service name created_at attempts"),
-        **given_fields(request, "batch_id client_id labels"),
+        **given_fields(request, "batch_id client_id labels replaces"),
     }
+    if request.replaced_by is not None:
+        result["replaced_by"] = {
+            "req_id": request.replaced_by.id,
+            "model": request.replaced_by.model,
+            "status_url": f"/readPrediction/{request.replaced_by.id}",
+        }
     if request.state is RequestState.DONE:
         is_known = request.service in REGISTRY  # the package that has it may have been removed
         params = {**request.params, **params}

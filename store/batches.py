@@ -8,8 +8,9 @@ that the write lock is never held for long. Its requests are hidden until one ro
 answers are given after that, before the rest is claimed. What a killed process left hidden is deleted by
 `finish_interrupted`. Requests that ended are numbered in the order of the commits (see `transition.py`), so a client
 that has read the results up to a number and asks again later misses nothing and reads nothing twice; a request that is
-retried ends again, under a new number. Cancelling, retrying and deleting a large batch takes several commits; a process
-that is killed in between has done a part of it, and doing it again does the rest.
+retried ends again, under a new number. A batch that does earlier requests again is visible while it grows, and claimed
+when it has all of them; what a killed process has added of it stays. Cancelling, retrying and deleting a large batch
+takes several commits; a process that is killed in between has done a part of it, and doing it again does the rest.
 
 Long because it has the records, the statements and the rules of one noun.
 """
@@ -32,12 +33,13 @@ from provider_image.errors import MlgError
 from store.amounts import equal_share, total
 from store.clients.keys import count_images
 from store.database import Database, Transaction, WriteFunction
-from store.errors import StoreError, StoreUnavailable, UnknownRequest
+from store.errors import QuotaReached, StoreError, StoreUnavailable, UnknownRequest
 from store.images import ImageStore, StagedImage
 from store.requests import (
     FORGET,
     RESET,
     ROWS_PER_COMMIT,
+    NewItem,
     NewRequest,
     RequestRecord,
     SubmissionFacts,
@@ -46,6 +48,7 @@ from store.requests import (
     find_answer,
     insert_requests,
     read_requests,
+    replacing_items,
     request_row,
 )
 from store.rows import from_row, insert_sql, to_row, to_text
@@ -121,6 +124,12 @@ _SHOW = f"""
     RETURNING *
 """
 
+# Not once its requests may be claimed: it would end before it has all of them.
+_GROW = f"""
+    UPDATE batches SET total = total + :count, arrival_ends_at = :arrival_ends_at
+    WHERE id = :id AND arrival = {_VISIBLE} AND arrival_ends_at > :now AND cancelled_at IS NULL
+"""
+
 _ARRIVE = f"UPDATE batches SET arrival = 0, arrival_ends_at = NULL WHERE id = ? AND arrival = {_VISIBLE}"
 
 _INTERRUPTED = f"""
@@ -152,6 +161,12 @@ class BatchInProgress(MlgError):
     """Requests of the batch are still queued or in progress. Cancel it, or wait until it has ended."""
 
     code = "batch_under_way"
+    permanent = True
+
+
+class BatchStopped(MlgError):
+    """The batch was cancelled while requests were added to it, or that took too long. Repeat the call for the rest."""
+
     permanent = True
 
 
@@ -231,6 +246,25 @@ def _in_parts(write: Callable[[slice, Transaction], _Result], count: int) -> lis
     return [functools.partial(write, slice(start, start + ROWS_PER_COMMIT)) for start in starts]
 
 
+def _batch_row(batch: BatchRecord, **others: Any) -> dict[str, Any]:
+    """Return the columns of a batch that is about to be added."""
+    row = to_row(batch, labels=json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False), **others)
+    del row["number"]
+    return row
+
+
+def _make_lease(batch: BatchRecord) -> Callable[[], dict[str, Any]]:
+    """Return what makes the parameters of a slice: until when the batch has time for the next one, from now on."""
+    started = time.monotonic()
+
+    def lease() -> dict[str, Any]:
+        now = batch.created_at + timedelta(seconds=time.monotonic() - started)
+        ends_at = now + timedelta(seconds=ARRIVAL_SECONDS)
+        return {"id": batch.id, "now": to_text(now), "arrival_ends_at": to_text(ends_at)}
+
+    return lease
+
+
 class Batches:
     """The batches, their requests and their refused items."""
 
@@ -246,18 +280,12 @@ class Batches:
         :raises StoreError: nothing is left behind, the staged images included.
         :raises QuotaReached: likewise.
         """
-        labels = json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False)
-        values = to_row(batch, labels=labels, total=len(items), refused=len(refused_items), arrival=_HIDDEN)
-        del values["number"]
-        rows = [(new, staged, request_row(new, staged)) for new, staged in items]
-        started = time.monotonic()
-
-        def lease() -> dict[str, Any]:
-            seconds = time.monotonic() - started + ARRIVAL_SECONDS
-            return {"id": batch.id, "arrival_ends_at": to_text(batch.created_at + timedelta(seconds=seconds))}
+        values = _batch_row(batch, total=len(items), refused=len(refused_items), arrival=_HIDDEN)
+        rows: list[NewItem] = [(new, staged, request_row(new, staged)) for new, staged in items]
+        lease = _make_lease(batch)
 
         def begin(transaction: Transaction) -> None:
-            row = {**values, **lease()}
+            row = {**values, "arrival_ends_at": lease()["arrival_ends_at"]}
             transaction.execute(f"INSERT INTO {insert_sql('batches', row)}", row)
 
         def refuse(part: slice, transaction: Transaction) -> None:
@@ -305,15 +333,59 @@ class Batches:
             for _, staged in items:
                 self._images.discard(staged)
             raise
+        answered = self._arrive(batch, [(record.number, item) for record, item in zip(added, rows, strict=True)])
+        return [answered.get(record.number, record) for record in added]
+
+    def add_replacements(
+        self, batch: BatchRecord, new: Sequence[NewRequest], *, charged_key_id: str | None
+    ) -> tuple[int, MlgError | None]:
+        """Add a batch of requests that do earlier ones again, with the inputs of these and without their webhooks.
+
+        An earlier request that has one of this model already, or no inputs any more, is left out, so doing it again
+        adds what is missing. It stops early where the quota ends, and when the batch is cancelled meanwhile.
+
+        :param new: in the order of the queue.
+        :param charged_key_id: the key whose quota counts them.
+        :return: how many were added, and why it stopped early. Without any there is no batch.
+        :raises StoreError: what was added before stays.
+        """
+        lease = _make_lease(batch)
+        row = _batch_row(batch, total=0, refused=0, arrival=_VISIBLE, arrival_ends_at=lease()["arrival_ends_at"])
+        added: list[tuple[int, NewItem]] = []
+
+        def insert(part: slice, transaction: Transaction) -> list[tuple[int, NewItem]]:
+            items = replacing_items(transaction, new[part])
+            if not items:
+                return []
+            if charged_key_id is not None:
+                count_images(transaction, charged_key_id, len(items), now=to_text(batch.created_at))
+            values = lease()
+            transaction.execute(f"INSERT INTO {insert_sql('batches', row)} ON CONFLICT (id) DO NOTHING", row)
+            if not transaction.execute(_GROW, {**values, "count": len(items)}).rowcount:
+                raise BatchStopped()
+            return list(zip((one.number for one in insert_requests(transaction, items)), items, strict=True))
+
+        stopped_by: MlgError | None = None
+        try:
+            for some in self._database.write_each(_in_parts(insert, len(new))):
+                added += some
+        except (QuotaReached, BatchStopped) as error:
+            stopped_by = error
+        finally:
+            if added:
+                self._arrive(batch, added)
+        return len(added), stopped_by
+
+    def _arrive(self, batch: BatchRecord, added: Sequence[tuple[int, NewItem]]) -> dict[int, RequestRecord]:
+        """Give the requests of a visible batch their earlier answers, then let the others be claimed.
+
+        :return: those that were answered, by number.
+        """
         answered: dict[int, RequestRecord] = {}
         try:
             # Reading needs no write lock, and most batches have no earlier answers.
             with self._database.read() as connection:
-                known = [
-                    (record.number, item)
-                    for record, item in zip(added, rows, strict=True)
-                    if find_answer(connection, item) is not None
-                ]
+                known = [(number, item) for number, item in added if find_answer(connection, item) is not None]
 
             def answer(part: slice, transaction: Transaction) -> list[RequestRecord]:
                 return answer_known(transaction, known[part], now=batch.created_at)
@@ -324,7 +396,7 @@ class Batches:
         except StoreError as error:
             # It is accepted; what has no earlier answer yet is claimed after a while.
             log.warning("cannot answer a batch with earlier answers: %s", error, extra={"batch": batch.id})
-        return [answered.get(record.number, record) for record in added]
+        return answered
 
     def _abandon_after_error(self, id: str) -> None:
         try:

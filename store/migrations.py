@@ -967,6 +967,15 @@ def m020_trainings(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m021_redo(db: sqlite_utils.Database) -> None:
+    """Requests that do an earlier one again with another model; each at most once for a model."""
+    for statement in (
+        "ALTER TABLE requests ADD COLUMN replaces TEXT",
+        "CREATE UNIQUE INDEX requests_replaces ON requests (replaces, model) WHERE replaces IS NOT NULL",
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -988,6 +997,7 @@ STEPS: tuple[Step, ...] = (
     m018_unused_providers,
     m019_collections,
     m020_trainings,
+    m021_redo,
 )
 
 

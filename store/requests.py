@@ -179,6 +179,24 @@ _BACKLOG = """
     ) AS backlog LEFT JOIN requests ON requests.number = oldest_number ORDER BY backlog.model
 """
 
+# The latest of each comes last.
+_REPLACEMENTS = """
+    SELECT replaces, id, model FROM requests INDEXED BY requests_replaces
+    WHERE replaces IN (SELECT value FROM json_each(?)) AND state = 'done' ORDER BY number
+"""
+
+_REPLACED_BY_MODEL = """
+    SELECT replaces FROM requests INDEXED BY requests_replaces
+    WHERE replaces IN (SELECT value FROM json_each(:ids)) AND model = :model
+"""
+
+# The others would break a unique index.
+_REPLACEABLE = f"""
+    SELECT id, image_sha256, image_bytes, inputs FROM requests
+    WHERE id IN (SELECT value FROM json_each(:ids)) AND state = 'done' AND image_deleted_at IS NULL
+      AND id NOT IN ({_REPLACED_BY_MODEL})
+"""
+
 _COST_OF_CHUNK = "SELECT cost, answers, is_cost_final FROM chunks WHERE id = ?"
 
 
@@ -227,6 +245,8 @@ class RequestFacts(SubmissionFacts):
     batch_id: str | None = None
     #: The client's own id, unique in its batch.
     client_id: str | None = None
+    #: Id of the request that it does again with another model. That one may have been deleted since.
+    replaces: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +264,14 @@ class NewRequest(RequestFacts):
     webhook: str | None = None
     #: Number of the collection whose member its image becomes.
     collection: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """A request that has answered an earlier one again."""
+
+    id: str
+    model: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +323,8 @@ class RequestRecord(RequestFacts):
     cost: Decimal | None = None
     #: False while the cost is an estimate.
     is_cost_final: bool = False
+    #: The latest request that has answered it again; None while there is none.
+    replaced_by: Replacement | None = None
 
     @property
     def status(self) -> str:
@@ -390,42 +420,50 @@ def _to_json(claims: Iterable[Claim]) -> str:
     return json.dumps([(claim.number, claim.token) for claim in claims])
 
 
-def _to_record(row: Any, **cost: Any) -> RequestRecord:
+def _to_record(row: Any, **others: Any) -> RequestRecord:
     output = row["output"]
-    return from_row(RequestRecord, row, output=None if output is None else json.loads(output), **cost)
+    return from_row(RequestRecord, row, output=None if output is None else json.loads(output), **others)
 
 
-def read_requests(connection: sqlite3.Connection, rows: Iterable[Any]) -> list[RequestRecord]:
-    """Build request records, each with its share of its chunk's cost."""
+def read_requests(connection: sqlite3.Connection, rows: Sequence[Any]) -> list[RequestRecord]:
+    """Build request records, each with its share of its chunk's cost, and what has answered it again."""
     chunks: dict[str, Any] = {}
     requests = []
+    replacements = {
+        found["replaces"]: Replacement(id=found["id"], model=found["model"])
+        for found in connection.execute(_REPLACEMENTS, (json.dumps([row["id"] for row in rows]),))
+    }
     for row in rows:
         share, chunk_id = row["share"], row["chunk_id"]
+        replaced_by = replacements.get(row["id"])
         if share is not None and chunk_id not in chunks:
             chunks[chunk_id] = connection.execute(_COST_OF_CHUNK, (chunk_id,)).fetchone()
         cost, answers, is_final = chunks.get(chunk_id) or (None, 0, 0)
         if share is None or cost is None:
-            requests.append(_to_record(row))
+            requests.append(_to_record(row, replaced_by=replaced_by))
         else:
             own_cost = equal_share(Decimal(cost), answers, share)
-            requests.append(_to_record(row, cost=own_cost, is_cost_final=bool(is_final)))
+            requests.append(_to_record(row, cost=own_cost, is_cost_final=bool(is_final), replaced_by=replaced_by))
     return requests
 
 
 def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
     """Return the columns of a request that is about to be added."""
+    inputs = {
+        name: StoredFile(sha256=one.sha256, size_bytes=one.size, media_type=one.media_type)
+        for name, one in staged.others.items()
+    }
+    return _request_row(
+        new, {"image_sha256": staged.sha256, "image_bytes": staged.size, "inputs": files_to_text(inputs)}
+    )
+
+
+def _request_row(new: NewRequest, inputs: Mapping[str, Any]) -> dict[str, Any]:
     row = to_row(
         new,
-        params=json.dumps(new.params, sort_keys=True, separators=(",", ":")),
+        params=json.dumps(dict(new.params), sort_keys=True, separators=(",", ":")),
         labels=json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
-        image_sha256=staged.sha256,
-        image_bytes=staged.size,
-        inputs=files_to_text(
-            {
-                name: StoredFile(sha256=one.sha256, size_bytes=one.size, media_type=one.media_type)
-                for name, one in staged.others.items()
-            }
-        ),
+        **inputs,
         state=str(RequestState.QUEUED),
         digest=None,  # of the answer
     )
@@ -433,12 +471,28 @@ def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
     return {**row, "due_at": row["created_at"]}
 
 
-#: A request that is about to be added, its image and its columns.
-NewItem = tuple[NewRequest, StagedImage, dict[str, Any]]
+#: A request that is about to be added, its image, None if that is stored already, and its columns.
+NewItem = tuple[NewRequest, StagedImage | None, dict[str, Any]]
+
+
+def replacing_items(transaction: Transaction, new: Sequence[NewRequest]) -> list[NewItem]:
+    """Return those new requests, all of one model, whose earlier request can still be done again, with its inputs.
+
+    Call it inside the write that inserts them. Then the files stay: nobody deletes what a request refers to.
+    """
+    values = {"ids": json.dumps([one.replaces for one in new]), "model": new[0].model}
+    found = {row["id"]: row for row in transaction.execute(_REPLACEABLE, values).fetchall()}
+    items: list[NewItem] = []
+    for one in new:
+        if one.replaces in found:
+            _, *inputs = found[one.replaces]
+            columns = dict(zip(("image_sha256", "image_bytes", "inputs"), inputs, strict=True))
+            items.append((one, None, _request_row(one, columns)))
+    return items
 
 
 def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> builtins.list[RequestRecord]:
-    """Publish inputs and insert their requests as queued; call it inside a write, and then `answer_known`.
+    """Publish new inputs and insert their requests as queued; call it inside a write, and then `answer_known`.
 
     :param items: the columns are those that `request_row` returns.
     """
@@ -447,7 +501,8 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> built
     files: dict[int, Mapping[str, StoredFile]] = {}
     members: list[NewMember] = []
     for new, staged, row in items:
-        transaction.publish(staged)
+        if staged is not None:
+            transaction.publish(staged)
         number = transaction.execute(f"INSERT INTO {insert_sql('requests', row)}", row).lastrowid
         assert number is not None
         numbers.append(number)
@@ -455,7 +510,7 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> built
             labels.append((number, row["key_id"], row["labels"]))
         files[number] = files_from_text(row["inputs"])
         if new.collection is not None:
-            members.append(NewMember(new.collection, number, staged.sha256, new.labels))
+            members.append(NewMember(new.collection, number, row["image_sha256"], new.labels))
     transaction.execute_many(_ADD_LABELS, labels)
     add_members(transaction, members)
     _refer_to_files(transaction, files, is_input=True)
@@ -554,6 +609,11 @@ class Requests:
         if not found:
             raise UnknownRequest()
         return found[0]
+
+    def list_replaced(self, ids: Iterable[str], model: str) -> set[str]:
+        """Tell which of these requests are done again with a model, whatever became of that."""
+        rows = self._database.rows(_REPLACED_BY_MODEL, {"ids": json.dumps(list(ids)), "model": model})
+        return {id for (id,) in rows}
 
     def claim(
         self,

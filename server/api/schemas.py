@@ -135,6 +135,15 @@ _REQUEST = success(
     batch_id=string("Its batch."),
     client_id=string("The client's id for it, unique in its batch."),
     labels=_LABELS,
+    replaces=string("Id of the request that it does again with another model."),
+    replaced_by={
+        **object_schema(
+            req_id=string("Its id."),
+            model=_MODEL,
+            status_url=string("Path of its answer."),
+        ),
+        "description": "The latest request that has answered this one again.",
+    },
     waiting_for=string("Why there is no answer yet, for people."),
     eta_seconds=nullable(number("Estimated seconds until the answer; null when unknown.", minimum=0)),
     ahead=integer("Requests of the same model before it."),
@@ -296,6 +305,30 @@ _TRAINING_SUBMITTED = success(
     refused=integer("Examples that were refused."),
     items=list_of(object_schema(**_REFUSED), "The first hundred that were refused."),
 )
+_REDO = success(
+    "model with found existing without_inputs unsuitable next",
+    model=_MODEL,
+    **{"with": _MODEL},
+    found=integer("Requests that this call does again, or would."),
+    existing=integer("Those done again before, or answered by the present version of the model."),
+    without_inputs=integer("Those whose image was deleted."),
+    unsuitable=integer("Those with inputs of another kind than the model takes."),
+    next=nullable(string("The `cursor` of the next call, for older requests; null at the end.")),
+    added=integer("New requests."),
+    batches=list_of(
+        object_schema(
+            batch_id=string("Reads the batch."),
+            status_url=string("Path of its progress."),
+            results_url=string("Path of its results."),
+            accepted=integer("Its requests."),
+        ),
+        "The batches of the new requests: one, for an operator one for each key whose requests are done again.",
+    ),
+    reason=string("Why not all were added, for people."),
+    code=string("The same in one word, for programs."),
+    eta_seconds=nullable(number("Of a dry run: estimated seconds until the end; null when unknown.", minimum=0)),
+    cost=nullable(string("Of a dry run by an operator: estimated cost in GLM; null when unknown.")),
+)
 _CATALOGUE_MODEL = object_schema(
     name=string("The name in paths; case and separators do not matter."),
     title=string("The name for people."),
@@ -362,6 +395,7 @@ def schemas() -> Mapping[str, Schema]:
         "Trainings": success(trainings=list_of(_without_success(_TRAINING)), next=_NEXT),
         "TrainingSubmitted": _TRAINING_SUBMITTED,
         "Versions": success(versions=list_of(_without_success(_TRAINING))),
+        "Redo": _REDO,
         "Model": _CATALOGUE_MODEL,
         "Models": success(models=list_of(ref("Model"))),
         "Index": success(

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import IO, Any
 
 from flask import Request
@@ -29,7 +30,7 @@ from server.auth.guard import current_key_id, quota_left
 from server.auth.limits import FairSlots
 from server.errors import BacklogFull, FetchingDisabled, TooManyUploads
 from server.intake.batch_parser import BatchItem, body_too_large, detect_format, parse_items, spool
-from server.intake.request_options import RequestOptions, parse_fresh, read_request_options
+from server.intake.request_options import RequestOptions, parse_flag, read_request_options
 from server.intake.staging import StagedItem, Stager, disk_reserved
 from server.intake.uploads import (
     FORM_ALLOWANCE_BYTES,
@@ -171,7 +172,7 @@ class Intake:
         is_json = request.mimetype == "application/json"
         if is_json and not self._settings.fetches_urls and not _json_inputs(inputs):
             raise FetchingDisabled()
-        self._room()
+        self.room()
         max_bytes, reads = self._settings.max_image_bytes, self._active_reads
         if is_json:
             upload, url = self._read_json_upload(request, inputs)
@@ -240,7 +241,7 @@ class Intake:
             raise errors.MalformedRequest(f"A batch has one input for each request. {input_hint(service.inputs)}")
         if kind == "urls" and not self._settings.fetches_urls:
             raise FetchingDisabled()
-        room, is_full = self._room()
+        room, is_full = self.room()
         max_bytes = self._settings.max_batch_bytes
         too_large: errors.MlgError = body_too_large(max_bytes)
         free_bytes = self._stager.free_bytes()
@@ -284,7 +285,7 @@ class Intake:
         :raises BrokenImage: it is not kept any more. :raises MlgError: nothing is accepted now.
         """
         submission = self._check(model, {}, RequestOptions())
-        self._room()
+        self.room()
         new = submission.new_request(created_at=self._clock(), name=request.name)
         with self._work_slots:
             inputs = {primary_input(submission.service): self._read_stored(request)}
@@ -299,7 +300,7 @@ class Intake:
         :raises MlgError: nothing is accepted now.
         """
         submission = self._check(collection.model, {}, RequestOptions(labels=labels))
-        room, is_full = self._room()
+        room, is_full = self.room()
 
         def items() -> Iterator[BatchItem]:
             for position, request in enumerate(requests):
@@ -345,7 +346,7 @@ class Intake:
         """
         submission, service = received.submission, received.submission.service
         first = primary_input(service)
-        room, is_full = self._room()
+        room, is_full = self.room()
         with (
             _slot(
                 self._batch_fetch_slots,
@@ -411,14 +412,14 @@ class Intake:
         row = find_row(self._settings.models, model)
         service = load_service(row.service)
         checked = self._check_fields(service, fields)
-        digest, key_id = self._artefact_digest(row), current_key_id()
+        digest, key_id = artefact_digest(self._settings.models, row), current_key_id()
         return _Submission(row=row, service=service, digest=digest, options=options, key_id=key_id, **checked)
 
     def _check_fields(self, service: Service, fields: Mapping[str, str]) -> dict[str, Any]:
         """Check what comes beside an image. :return: fields of a _Submission. :raises InvalidParams:"""
         raw = dict(fields)
         webhook = check_webhook(raw.pop("webhook", None), allows_private=self._settings.allows_private_webhooks)
-        is_fresh = parse_fresh(raw.pop("fresh", "0"))
+        is_fresh = parse_flag("fresh", raw.pop("fresh", "0"))
         params = check_params(service.params, raw)
         read_time = {param.name for param in service.params if param.is_read_time}
         return {
@@ -429,16 +430,7 @@ class Intake:
             "webhook": webhook,
         }
 
-    def _artefact_digest(self, row: ModelFacts) -> str | None:
-        """Return the artefact's digest, None if it is built on first use. :raises NotInstalled: :raises ModelError:"""
-        try:
-            return find_artefact(self._settings.models, row.name).digest
-        except (errors.NotInstalled, errors.BrokenArtefact):
-            if not can_build(row.name):
-                raise
-            return None
-
-    def _room(self) -> tuple[int, errors.MlgError]:
+    def room(self) -> tuple[int, errors.MlgError]:
         """Count the requests that may be accepted now, so that no more are read than the store would take.
 
         :return: at least 1, and the error for more.
@@ -471,6 +463,16 @@ class Intake:
 
 def _json_inputs(inputs: Mapping[str, Input]) -> dict[str, Input]:
     return {name: one for name, one in inputs.items() if one.kind in JSON_EXAMPLES}
+
+
+def artefact_digest(models: Path, row: ModelFacts) -> str | None:
+    """Return the artefact's digest, None if it is built on first use. :raises NotInstalled: :raises ModelError:"""
+    try:
+        return find_artefact(models, row.name).digest
+    except (errors.NotInstalled, errors.BrokenArtefact):
+        if not can_build(row.name):
+            raise
+        return None
 
 
 @functools.cache

@@ -37,6 +37,7 @@ WEBHOOK = Field(
     help="An https URL that gets a signed message when the request is done.",
     schema={"type": "string", "format": "uri", "maxLength": MAX_URL_LENGTH},
 )
+NAME = Field(name="name", help="Your name for the batch; only shown.")
 LABEL = Field(
     name="label",
     help="A label of your own, as name:value; may be given several times. GET /requests finds requests by labels.",
@@ -78,11 +79,11 @@ def read_request_options(request: Request, now: datetime) -> tuple[dict[str, str
     return fields, options
 
 
-def parse_fresh(text: str) -> bool:
-    """Read the parameter `fresh`; alone, as in `?fresh`, it is true. :raises InvalidParams:"""
+def parse_flag(name: str, text: str) -> bool:
+    """Read a parameter that is on or off; alone, as in `?fresh`, it is on. :raises InvalidParams:"""
     word = text.strip().lower()
     if word not in (*_TRUE_VALUES, *_FALSE_VALUES, ""):
-        raise InvalidParams("fresh takes 1 or 0.")
+        raise InvalidParams(f"{name} takes 1 or 0.")
     return word not in _FALSE_VALUES
 
 

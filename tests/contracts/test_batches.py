@@ -17,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store import new_id
-from store.batches import BatchInProgress, BatchRecord, RefusedItem, UnknownBatch
+from store.batches import BatchInProgress, BatchRecord, BatchStopped, RefusedItem, UnknownBatch
 from store.chunks import ChunkRecord
 from store.clients.idempotency import MIN_BYTES, EarlierRequest, Idempotency, KeyReservation, SavedResponse
-from store.errors import NotRemovable, StoreUnavailable, UnknownRequest
+from store.clients.keys import KeyRecord, Scope, hash_key, make_key
+from store.clients.webhooks import EndpointRecord
+from store.errors import NotRemovable, QuotaReached, StoreUnavailable, UnknownRequest
 from store.images import StagedImage
-from store.requests import Answer, Claim, NewRequest, RequestRecord
+from store.requests import ROWS_PER_COMMIT, Answer, Claim, NewRequest, Replacement, RequestRecord
 from store.search import Query
 from store.states import RequestState
 from store.store import Store
@@ -240,6 +242,115 @@ def test_a_batch_in_progress_is_not_removed(store: Store) -> None:
     assert store.batches.remove(batch.id) == 2
     assert (store.requests.list(), store.batches.list(), store.batches.refused_items(batch.id)) == ([], [], [])
     assert list(store.images.list_digests()) == []
+
+
+# Batches that do earlier requests again
+
+
+def again(store: Store, earlier: list[RequestRecord], **changes: Any) -> tuple[BatchRecord, list[NewRequest]]:
+    """What does requests again with another model."""
+    batch = BatchRecord(id=new_id(), service="classification", model="vgg16", created_at=after(9), **changes)
+    requests = [
+        new_request(model="vgg16", created_at=after(9), batch_id=batch.id, replaces=one.id, client_id=one.client_id)
+        for one in earlier
+    ]
+    return batch, requests
+
+
+def answer_all(store: Store, model: str, at: datetime = NOW) -> None:
+    claims = store.requests.claim(
+        models={model}, limit=1000, now=at, lease_ends_at=at + timedelta(seconds=30), oldest_before=None
+    )
+    store.requests.finish([answer(one) for one in claims], now=at)
+
+
+def test_a_request_is_done_again_once_with_the_stored_inputs(store: Store) -> None:
+    _, earlier = batch_of(store, 3)
+    answer_all(store, MODEL)
+    batch, requests = again(store, earlier)
+
+    added = store.batches.add_replacements(batch, requests, charged_key_id=None)
+    repeated = store.batches.add_replacements(*again(store, earlier), charged_key_id=None)
+
+    assert (added, repeated) == ((3, None), (0, None))
+    assert (store.batches.get(batch.id).total, len(store.batches.list())) == (3, 2)
+    later = store.batches.items(batch.id)
+    assert [(one.image_sha256, one.image_bytes, one.replaces, one.client_id) for one in later] == [
+        (one.image_sha256, one.image_bytes, one.id, one.client_id) for one in earlier
+    ]
+    assert store.requests.get(earlier[0].id).replaced_by is None
+    answer_all(store, "vgg16", after(10))
+    found = store.requests.get(earlier[0].id)
+    assert (found.output, found.replaced_by) == (OUTPUT, Replacement(id=later[0].id, model="vgg16"))
+    assert store.batches.progress(batch.id).done == 3
+    store.requests.remove(earlier[0].id)
+    assert store.images.read(later[0].image_sha256) == b"0"
+
+
+def test_a_request_without_inputs_is_not_done_again(store: Store) -> None:
+    _, earlier = batch_of(store, 2)
+    answer_all(store, MODEL)
+    store.retention.purge(images_before=after(5), results_before=after(-5), now=after(5))
+    batch, requests = again(store, earlier)
+
+    assert store.batches.add_replacements(batch, requests, charged_key_id=None) == (0, None)
+    with pytest.raises(UnknownBatch):
+        store.batches.get(batch.id)
+
+
+def test_doing_requests_again_ends_with_the_quota_and_goes_on_later(store: Store) -> None:
+    id, key = make_key()
+    scopes = frozenset({Scope.SUBMIT})
+    store.keys.add(
+        KeyRecord(id=id, name="a", sha256=hash_key(key), scopes=scopes, images_per_day=ROWS_PER_COMMIT, created_at=NOW)
+    )
+    _, earlier = batch_of(store, ROWS_PER_COMMIT + 10)
+    answer_all(store, MODEL)
+
+    batch, requests = again(store, earlier)
+    added, stopped_by = store.batches.add_replacements(batch, requests, charged_key_id=id)
+    rest, more = again(store, earlier)
+    later = store.batches.add_replacements(rest, more, charged_key_id=None)
+
+    assert (added, type(stopped_by), store.batches.get(batch.id).total) == (ROWS_PER_COMMIT, QuotaReached, added)
+    assert (later, store.batches.get(rest.id).total) == ((10, None), 10)
+    assert store.keys.images_used(id, now=NOW) == ROWS_PER_COMMIT
+    ids = [one.replaces for one in (*store.batches.items(batch.id), *store.batches.items(rest.id))]
+    assert ids == [one.id for one in earlier]
+
+
+def test_what_does_requests_again_is_claimed_when_all_is_added_and_stops_when_it_is_cancelled(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.webhooks.add_endpoint(
+        EndpointRecord(id="e", url="https://a.example/", secret="s", events=("batch.done",), created_at=NOW)
+    )
+    _, earlier = batch_of(store, ROWS_PER_COMMIT + 10)
+    answer_all(store, MODEL)
+    batch, requests = again(store, earlier)
+    claimed: list[Claim] = []
+    write_each = store.database.write_each
+
+    def interrupt(writes: Any) -> Any:
+        for number, found in enumerate(write_each(writes)):
+            yield found
+            if number == 0:
+                claimed.extend(
+                    store.requests.claim(
+                        models={"vgg16"}, limit=9, now=after(9), lease_ends_at=after(30), oldest_before=None
+                    )
+                )
+                monkeypatch.undo()
+                store.batches.cancel(batch.id, now=after(9))
+
+    monkeypatch.setattr(store.database, "write_each", interrupt)
+
+    added, stopped_by = store.batches.add_replacements(batch, requests, charged_key_id=None)
+
+    assert (claimed, added, type(stopped_by)) == ([], ROWS_PER_COMMIT, BatchStopped)
+    assert store.batches.progress(batch.id).cancelled == ROWS_PER_COMMIT
+    ends = [one.subject for one in store.webhooks.list_deliveries()]
+    assert ends.count(batch.id) == 1
 
 
 # Deadlines and retention

@@ -26,7 +26,7 @@ from server.csv_cells import to_cell
 from server.endpoint import Field, operation, service_fields
 from server.intake.accept import ReceivedBatch
 from server.intake.batch_parser import MAX_ITEMS
-from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
+from server.intake.request_options import FRESH, NAME, REQUEST_OPTIONS, WEBHOOK
 from server.intake.staging import StagedItem
 from server.intake.uploads import query_fields
 from server.record_json import fields, given_fields, to_json
@@ -43,7 +43,6 @@ _CSV_COLUMNS = (
     "provider", "seconds", "cost", "finished_at", "cursor", "value",
 )  # fmt: skip
 _BATCH = "Batch"
-_NAME = Field(name="name", help="Your name for the batch; only shown.")
 _AFTER = Field(name="after", help="The `cursor` of the last line that you have: only what ended after it.")
 #: Fields of a refused image.
 _REFUSED = "client_id position code reason"
@@ -59,7 +58,7 @@ class BatchViews(Views):
         "POST /requestPredictions/<model>",
         "Send many images",
         Scope.SUBMIT,
-        query=(*service_fields(), FRESH, _NAME, WEBHOOK, *REQUEST_OPTIONS),
+        query=(*service_fields(), FRESH, NAME, WEBHOOK, *REQUEST_OPTIONS),
         body={
             "multipart/form-data": {
                 "type": "object",

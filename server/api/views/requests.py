@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flask
 
 from provider_image import errors
 from provider_image.images.headers import media_type
-from provider_image.models.registry import find_row
-from server.api.query import CURSOR, LIMIT, PageQuery, parse_state, read_query, state_field
+from server.api.query import CURSOR, LIMIT, PageQuery, parse_cursor, parse_limit, parse_state, read_query, state_field
 from server.api.responses import json_response
 from server.api.schemas import STATUSES
-from server.auth.guard import current_key_id
+from server.auth.guard import current_key_id, visible_key_id
 from server.context import Views
 from server.endpoint import Field, operation
-from server.intake.request_options import LABEL, parse_labels, parse_timestamp
+from server.errors import TooManyUploads
+from server.intake.redo import MAX_REQUESTS, RedoPlan, RedoTarget, default_name, known_model
+from server.intake.request_options import FRESH, LABEL, NAME, WEBHOOK, parse_flag, parse_labels, parse_timestamp
 from server.intake.uploads import clean_name
-from server.record_json import fields, given_fields
+from server.record_json import fields, given_fields, to_json
 from server.serializers import is_image
 from server.thumbnails import MAX_THUMBNAIL_PIXELS, MIN_THUMBNAIL_PIXELS
+from server.webhooks import check_webhook
+from store.batches import BatchRecord
 from store.clients.keys import Scope
 from store.errors import ImageGone, UnknownFile
 from store.requests import RequestRecord
@@ -42,6 +46,25 @@ _SIZE = Field(
     help="Returns a JPEG that fits into a square of so many pixels; without it the image is returned as it was sent.",
     schema={"type": "integer", "minimum": MIN_THUMBNAIL_PIXELS, "maximum": MAX_THUMBNAIL_PIXELS},
 )
+_MODEL = Field(name="model", help="The model whose answered requests are done again.", is_required=True)
+_WITH = Field(
+    name="with",
+    help="The model that answers them. The same one does those again that another version of it answered.",
+    is_required=True,
+)
+_REDO_FILTERS = tuple(field for field in _FILTERS if field.name not in ("state", "model"))
+_DRY_RUN = Field(
+    name="dry_run",
+    help="1 only counts them, and estimates time and cost.",
+    schema=FRESH.schema,
+)
+_REDO_LIMIT = Field(
+    name="limit",
+    help="How many at most.",
+    schema={"type": "integer", "minimum": 1, "maximum": MAX_REQUESTS, "default": MAX_REQUESTS},
+)
+#: Above every number.
+_NEWEST = 2**62
 _operation = functools.partial(operation, tag="requests")
 
 
@@ -56,17 +79,7 @@ class RequestViews(Views):
         page = PageQuery.from_request(
             flask.request, self._cursors("requests"), [field.name for field in _FILTERS], repeatable="label"
         )
-        fields = page.fields
-        query = Query(
-            status=parse_state(fields.get("state"), STATUSES),
-            model=self._model(fields.get("model")),
-            batch_id=fields.get("batch"),
-            key_id=page.key_id,
-            labels=tuple(parse_labels(flask.request.args.getlist("label")).items()),
-            since=parse_timestamp("since", fields["since"]) if "since" in fields else None,
-            until=parse_timestamp("until", fields["until"]) if "until" in fields else None,
-            text=fields.get("q", "")[:200] or None,
-        )
+        query = self._query(page.fields, page.key_id)
         found = self._store.search.find(query, before=page.before, limit=page.limit)
         shown = [self._context.serialize(request) for request in found.requests]
         return json_response({"success": True, "requests": shown, "next": page.next_cursor(found.next_before)})
@@ -123,6 +136,50 @@ class RequestViews(Views):
         )
 
     @_operation(
+        "POST /requests/redo",
+        "Do answered requests again with another model",
+        Scope.SUBMIT,
+        query=(_MODEL, _WITH, *_REDO_FILTERS, NAME, WEBHOOK, _DRY_RUN, CURSOR, _REDO_LIMIT),
+        responses={200: "Redo", 202: "Redo"},
+        errors=(404,),
+    )
+    def redo_requests(self) -> flask.Response:
+        """Add a request of another model for each answered one: 202 when they are durable; 200 if there are none."""
+        names = ("model", "with", "name", "webhook", "dry_run", "cursor", "limit")
+        given = read_query(flask.request, *names, *(field.name for field in _REDO_FILTERS), repeatable="label")
+        for name in ("model", "with"):
+            if not given.get(name):
+                raise errors.InvalidParams(f"{name} is missing. Example: /requests/redo?model=resnet50&with=resnet152")
+        settings, cursors, redo = self._context.settings, self._cursors("redo"), self._context.redo
+        webhook = check_webhook(given.get("webhook"), allows_private=settings.allows_private_webhooks)
+        target, query = redo.find_target(given["with"]), self._query(given, visible_key_id())
+        before = parse_cursor(cursors, "cursor", given.get("cursor"))
+        limit = parse_limit(given["limit"], MAX_REQUESTS) if "limit" in given else MAX_REQUESTS
+        is_dry_run = parse_flag("dry_run", given.get("dry_run", "0"))
+        shown: dict[str, Any] = {"success": True, "model": query.model, "with": target.row.name}
+        with self._context.redo_slots.holding(current_key_id()) as is_held:
+            if not is_held:
+                raise TooManyUploads()
+            if is_dry_run:
+                plan = redo.plan(query, target, before=before, limit=limit)
+                return json_response({**shown, **self._plan(plan, plan.next_before), **self._estimate(target, plan)})
+            room, _ = self._context.intake.room()
+            plan = redo.plan(query, target, before=before, limit=min(limit, room))
+            name = clean_name(given.get("name")) or default_name(query.model, target)
+            report = redo.add(plan, target, name=name, webhook=webhook, charged_key_id=current_key_id())
+        if report.stopped_by is not None and not report.batches:
+            raise report.stopped_by
+        # Asked again from the same place, it adds those that were left out.
+        next_before = plan.next_before if report.stopped_by is None else before or _NEWEST
+        shown |= self._plan(plan, next_before)
+        shown |= {"added": report.added, "batches": [_show_batch(batch) for batch in report.batches]}
+        if report.stopped_by is not None:
+            shown |= {"reason": report.stopped_by.reason, "code": report.stopped_by.code}
+        if not report.batches:
+            return json_response(shown)
+        return json_response(shown, 202, {"Location": f"/batches/{report.batches[0].id}"})
+
+    @_operation(
         "POST /requests/<id>/delete",
         "Delete a request that has ended, with its image and answer",
         Scope.SUBMIT,
@@ -134,14 +191,29 @@ class RequestViews(Views):
         self._store.requests.remove(id)
         return json_response({"success": True, "req_id": id, "status": "deleted"})
 
-    def _model(self, name: str | None) -> str | None:
-        """Return a model's canonical name; the name as given for one that is not in the catalogue any more."""
-        if name is None:
-            return None
-        try:
-            return find_row(self._context.settings.models, name).name
-        except errors.UnknownModel:
-            return name
+    def _plan(self, plan: RedoPlan, next_before: int | None) -> dict[str, Any]:
+        cursor = None if next_before is None else self._cursors("redo").write(next_before)
+        return {"found": len(plan.new), **fields(plan, "existing without_inputs unsuitable"), "next": cursor}
+
+    def _estimate(self, target: RedoTarget, plan: RedoPlan) -> dict[str, Any]:
+        estimate = self._context.redo.estimate(target, len(plan.new))
+        # What images cost is a figure of all keys.
+        cost = estimate.cost if visible_key_id() is None else None
+        return {"eta_seconds": estimate.seconds, "cost": to_json(cost)}
+
+    def _query(self, fields: Mapping[str, str], key_id: str | None) -> Query:
+        """Read the filters. :raises InvalidParams:"""
+        model = fields.get("model")
+        return Query(
+            status=parse_state(fields.get("state"), STATUSES),
+            model=None if model is None else known_model(self._context.settings.models, model),
+            batch_id=fields.get("batch"),
+            key_id=key_id,
+            labels=tuple(parse_labels(flask.request.args.getlist("label")).items()),
+            since=parse_timestamp("since", fields["since"]) if "since" in fields else None,
+            until=parse_timestamp("until", fields["until"]) if "until" in fields else None,
+            text=fields.get("q", "")[:200] or None,
+        )
 
     def _timeline(self, request: RequestRecord) -> list[dict[str, Any]]:
         """List what happened to a request, in order."""
@@ -200,3 +272,13 @@ def _size(text: str | None) -> int | None:
     if not text.isascii() or not text.isdigit() or len(text) > 4 or not smallest <= int(text) <= largest:
         raise errors.InvalidParams(f"size takes a whole number of pixels from {smallest} to {largest}.")
     return int(text)
+
+
+def _show_batch(batch: BatchRecord) -> dict[str, Any]:
+    status_url = f"/batches/{batch.id}"
+    return {
+        "batch_id": batch.id,
+        "status_url": status_url,
+        "results_url": f"{status_url}/results.jsonl",
+        "accepted": batch.total,
+    }
