@@ -114,6 +114,10 @@ def read_description(path: Path) -> Description:
             raise UnsuitableModel(
                 f"{path} has the value {str(facts[name])[:40]} for {name}. Supported is {value} only."
             )
+    if facts.get("problem_type") not in (None, "single_label_classification"):
+        raise UnsuitableModel(
+            f"{path} has the problem_type {str(facts['problem_type'])[:40]}. Only one class per image is supported."
+        )
     if not 2 <= len(found.names) <= MAX_LABELS:
         raise UnsuitableModel(f"{path} has {len(found.names)} classes in id2label; 2 to {MAX_LABELS} are allowed.")
     if found.hidden_size % found.num_attention_heads or not 1 <= found.side**2 <= _MAX_PATCHES:

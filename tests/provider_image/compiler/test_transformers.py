@@ -272,6 +272,7 @@ def test_missing_files_are_named(tmp_path):
         ({"image_size": 2048, "patch_size": 1}, "4096 patches"),
         ({"image_size": 4, "patch_size": 8}, "1 to 4096 patches"),
         ({"layer_norm_eps": math.nan}, "layer_norm_eps"),
+        ({"problem_type": "multi_label_classification"}, "Only one class per image"),
         ({"id2label": {"0": "cat"}}, "1 classes"),
         ({"id2label": {"0": "cat", "2": "dog"}}, "KeyError"),
         ({"id2label": ["cat", "dog"]}, "TypeError"),
