@@ -29,7 +29,7 @@ from provider_image.models.catalogue import CATALOGUE, install_command
 from provider_image.models.speed import Speed, write_speed
 from provider_image.precision import TOLERANCE, TOLERANCE_BF16
 from provider_image.runtime import cpu_name, peak_memory_bytes, versions
-from provider_image.service import Output, Service, check_params, primary_input
+from provider_image.service import Difference, Output, Service, check_params, primary_input
 from provider_image.service import check_files as check_output_files
 from provider_image.services import load_service
 
@@ -210,7 +210,7 @@ def check_model(
         net = service.load(artefact, device)
         report = replace(report, load_seconds=time.perf_counter() - started)
         benchmark = _Benchmark(service=service, artefact=artefact, net=net, inputs=inputs, expected=expected)
-        images = tuple(benchmark.compare(number, precision) for number in range(len(inputs)))
+        images = benchmark.compare_all(precision)
         report = replace(report, pictures=images, versions=versions())
         _raise_if_wrong(artefact, images)
         report = replace(report, images_per_second=benchmark.rate(benchmark.run_item, threads, seconds))
@@ -340,7 +340,7 @@ def _raise_if_wrong(artefact: Artefact, images: Sequence[ImageCheck]) -> None:
 
 def _repair_hint(artefact: Artefact) -> str:
     needs_file = artefact.name in CATALOGUE and artefact.source == "own"
-    return f"Delete {artefact.folder}, then: {install_command(artefact.name)}{' --weights FILE' * needs_file}"
+    return f"Delete {artefact.folder}, then: {artefact.install_command}{' --weights FILE' * needs_file}"
 
 
 def _renewal_hint(artefact: Artefact) -> str:
@@ -378,27 +378,37 @@ class _Benchmark:
         """Decode and run one image, like an item of a chunk."""
         return self.run(self.prepare_item(number))
 
-    def compare(self, number: int, precision: str) -> ImageCheck:
-        """Run one image and compare the result with the recorded one."""
-        sample, expected = self.artefact.samples[number], self.expected[number]
+    def compare_all(self, precision: str) -> tuple[ImageCheck, ...]:
+        """Run all images and compare the results with the recorded ones."""
         allowed = tolerance(self.artefact, precision)
+        results = [self._compare(number, allowed) for number in range(len(self.inputs))]
+        scale = max((each.scale for each in results if isinstance(each, Difference)), default=1.0)
+        checks = []
+        for sample, found in zip(self.artefact.samples, results, strict=True):
+            if isinstance(found, str):
+                checks.append(ImageCheck(file=sample.file, problem=found))
+                continue
+            largest, problem = found.largest * found.scale / scale, None
+            if not largest <= allowed:  # also true for nan
+                problem = f"the result differs by {largest:.2g} from the recorded one, allowed is {allowed:.2g}"
+            elif precision == "f32" and not found.is_same_order:
+                problem = "the top five labels are in another order"
+            checks.append(ImageCheck(file=sample.file, difference=largest, problem=problem))
+        return tuple(checks)
+
+    def _compare(self, number: int, allowed: float) -> Difference | str:
+        """Run one image. :return: how its result differs from the recorded one, or why that cannot be said."""
+        expected = self.expected[number]
         try:
             if expected.files or not self.service.outputs:
                 check_output_files(self.service.outputs, expected.files)
                 self.service.check_output(self.artefact, self.params(), expected)
         except MlgError as error:
-            return ImageCheck(file=sample.file, problem=f"the recorded result is invalid: {error.reason}")
+            return f"the recorded result is invalid: {error.reason}"
         try:
-            output = self.run_item(number)
+            return self.service.compare(expected, self.run_item(number), allowed)
         except MlgError as error:
-            return ImageCheck(file=sample.file, problem=error.reason)
-        found = self.service.compare(expected, output, allowed)
-        problem = None
-        if not found.largest <= allowed:  # also true for nan
-            problem = f"the result differs by {found.largest:.2g} from the recorded one, allowed is {allowed:.2g}"
-        elif precision == "f32" and not found.is_same_order:
-            problem = "the top five labels are in another order"
-        return ImageCheck(file=sample.file, difference=found.largest, problem=problem)
+            return error.reason
 
     def rate(self, run_item: Callable[[int], object], threads: int, seconds: float) -> float:
         """Measure the images per second of that many threads; each finishes its current image when the time is over."""

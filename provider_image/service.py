@@ -137,6 +137,9 @@ class Difference:
 
     #: Largest difference of a number; of two vectors, the length of their difference.
     largest: float
+    #: What it is a share of; among the outputs of a self-test, the largest counts for all: a number near 0 may be what
+    #: is left of large terms, so a share of it alone would say little.
+    scale: float = 1.0
     #: True if the entries that a client sees first have the same order, except for those that are closer together than
     #: the tolerance.
     is_same_order: bool

@@ -6,7 +6,7 @@ Created by `server/app.py`. It must not keep anything between two requests that 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -28,7 +28,7 @@ from server.intake.trainings import TrainingIntake
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
-from server.serializers import parse_read_params, serialize_request, serialize_training
+from server.serializers import parse_read_params, serialize_request, serialize_training, unknown_below
 from server.settings import ServerSettings
 from server.similarity import Similarity
 from server.status.dashboard import Dashboard
@@ -114,6 +114,11 @@ class Context:
         if params is None:
             params = parse_read_params(request.service, {})
         return serialize_request(request, params, self.estimate_wait(request), models=self.settings.models)
+
+    def find_unknown(self, requests: Iterable[RequestRecord]) -> set[str]:
+        """Return the ids of those whose first label is less probable than the threshold of its model."""
+        thresholds = ((each, unknown_below(self.settings.models, each)) for each in requests)
+        return {each.id for each, threshold in thresholds if threshold and each.output[0][2] < threshold}
 
     def serialize_training(self, training: TrainingRecord, *, is_whole: bool = False) -> dict[str, Any]:
         """Build a training's JSON, with the reason why it waits. :param is_whole: with its figures."""

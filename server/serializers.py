@@ -55,7 +55,7 @@ def serialize_request(
         params = {**request.params, **params}
         result["preds"] = load_service(request.service).view(request.output, params) if is_known else request.output
         result |= {"cached": request.is_cached, **fields(request, "provider seconds digest cost")}
-        threshold = 0.0 if models is None else _unknown_below(models, request)
+        threshold = 0.0 if models is None else unknown_below(models, request)
         if threshold:
             result |= {"unknown": request.output[0][2] < threshold, "unknown_below": threshold}
         if request.cost is not None:
@@ -78,9 +78,9 @@ def serialize_request(
     return result
 
 
-def _unknown_below(models: Path, request: RequestRecord) -> float:
-    """Return the threshold of the model that gave an answer; 0 if it has none, or is not installed any more."""
-    if request.service != "classification" or not request.output:
+def unknown_below(models: Path, request: RequestRecord) -> float:
+    """Return the threshold of the model that gave an answer; 0 without one, or if it is not installed any more."""
+    if request.state is not RequestState.DONE or request.service != "classification" or not request.output:
         return 0.0
     try:
         artefact = find_artefact(models, request.model)
@@ -145,7 +145,7 @@ def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
         "size_bytes": None if artefact is None else artefact.size_bytes,
         "storage": None if artefact is None else artefact.precision,
         "images_per_second": None if speed is None else speed.images_per_second,
-        "install": install_command(row.name),
+        "install": install_command(row.name) if artefact is None else artefact.install_command,
     }
 
 

@@ -13,7 +13,6 @@ import io
 import math
 import stat
 import struct
-import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from provider_image.errors import DAMAGED_FILE_ERRORS, BadInput
+from provider_image.features.normal_form import normalise
 from provider_image.images.headers import MAX_PIXELS, read_header
 from provider_image.rows import find_delimiter
 from trainer.errors import UnusableExamples
@@ -183,7 +183,7 @@ def _read_classes(files: Mapping[str, Path], limits: ExampleLimits) -> ExampleSe
     total = 0
     for name, path in sorted(files.items()):
         folder, slash, _ = name.partition("/")
-        label = unicodedata.normalize("NFC", folder).strip()
+        label = normalise(folder).strip()
         try:
             if not slash:
                 raise UnusableExamples("It is not in the folder of a class.")
@@ -311,7 +311,7 @@ def _check_zip_end(source: Path, limits: ExampleLimits) -> None:
     if size > limits.max_zip_bytes:
         raise UnusableExamples(f"{source.name} has more than {limits.max_zip_bytes / 1e9:g} GB.")
     with source.open("rb") as file:
-        file.seek(max(0, size - _ZIP_END_BYTES - _MAX_ZIP_COMMENT))
+        file.seek(max(0, size - _ZIP_END_BYTES - _MAX_ZIP_COMMENT - _ZIP64_LOCATOR_BYTES))
         tail = file.read()
     start = tail.rfind(_ZIP_END)
     if start < 0 or start + _ZIP_END_BYTES > len(tail):
@@ -404,7 +404,7 @@ def _read_table(
                 raise UnusableExamples("There is no such file in the folder of the table.")
             number_of_row = None if target is None else parse_number(text)
             if target is None:
-                text = unicodedata.normalize("NFC", text)
+                text = normalise(text)
                 check_class_name(text)
             total += _check_image(path, limits)
         except BadInput as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from provider_image.compiler.heads import Head
 from trainer.figures import Figures, classification_figures, regression_figures
-from trainer.heads import fit_classifier, fit_regression
+from trainer.heads import are_few, fit_classifier, fit_regression
 from trainer.splitting import MIN_FOR_HOLDOUT, Plan, find_groups, make_plan
 
 if TYPE_CHECKING:
@@ -47,11 +47,14 @@ def fit_and_evaluate_classes(features: Array, labels: Sequence[str], names: Sequ
     :raises UnusableExamples, TrainerMissing: see `heads.fit_classifier`.
     """
     plan = make_plan(labels, find_groups(features), seed=seed)
+    # Decided for all parts alike: the figures must not be those of another method.
+    is_by_neighbours = are_few(len(labels), len(set(labels)))
 
     def fit(positions: Sequence[int]) -> Head:
         chosen = list(positions)
         groups = [plan.groups.numbers[each] for each in chosen]
-        return fit_classifier(features[chosen], [labels[each] for each in chosen], groups, seed=seed)
+        chosen_labels = [labels[each] for each in chosen]
+        return fit_classifier(features[chosen], chosen_labels, groups, is_by_neighbours=is_by_neighbours, seed=seed)
 
     head = fit(range(len(labels)))
     evaluated, answers = _evaluate(features, plan, fit)

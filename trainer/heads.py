@@ -55,12 +55,25 @@ def normalise(features: Array) -> Array:
     return np.asarray(features / lengths, np.float32)
 
 
-def fit_classifier(features: Array, labels: Sequence[str], groups: Sequence[int], *, seed: int = 0) -> Head:
+def are_few(count: int, classes: int) -> bool:
+    """Tell whether so many examples are so few that nearest neighbours are used."""
+    return count < _MIN_FOR_REGRESSION * classes
+
+
+def fit_classifier(
+    features: Array,
+    labels: Sequence[str],
+    groups: Sequence[int],
+    *,
+    is_by_neighbours: bool | None = None,
+    seed: int = 0,
+) -> Head:
     """Fit a classifier: logistic regression, or nearest neighbours for very few examples.
 
     :param features: f32 of unit length, shape (examples, dimensions).
     :param labels: the class of each example.
     :param groups: the group of near-duplicates of each, which are never divided between folds.
+    :param is_by_neighbours: whether to use nearest neighbours; None decides by `are_few`.
     :raises UnusableExamples: there is only one class, or the features cannot be used.
     :raises TrainerMissing: scikit-learn is not installed.
     """
@@ -72,7 +85,7 @@ def fit_classifier(features: Array, labels: Sequence[str], groups: Sequence[int]
         raise UnusableExamples("There is only one class. Give at least two.")
     number = {name: position for position, name in enumerate(classes)}
     answers = np.array([number[label] for label in labels])
-    if len(labels) < _MIN_FOR_REGRESSION * len(classes):
+    if are_few(len(labels), len(classes)) if is_by_neighbours is None else is_by_neighbours:
         return _fit_neighbours(features, answers, groups, classes)
     parts = fold_parts(labels, groups, _FOLDS, seed=seed)
     with one_thread():

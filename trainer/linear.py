@@ -175,13 +175,19 @@ def fit_and_evaluate(
     on_step("evaluating")
     evaluated = [position for _, rest in plan.parts for position in rest]
     answers = []
-    for learn, rest in plan.parts:
-        features = learner.learn(learn)
-        model = fit(learner.matrix(features, learn), learn, targets, classes, groups, seed=seed)
-        answers.append(model.apply(learner.matrix(features, rest)))
-    on_step("fitting")
     everything = range(learner.count)
     features = learner.learn(everything)
+    count = features.count * max(1, len(classes))
+    if count > MAX_WEIGHTS:
+        raise UnusableExamples(
+            f"The model would have {count:,} weights; at most {MAX_WEIGHTS:,} are allowed. "
+            "Use fewer classes, columns or texts."
+        )
+    for learn, rest in plan.parts:
+        known = learner.learn(learn)
+        model = fit(learner.matrix(known, learn), learn, targets, classes, groups, seed=seed)
+        answers.append(model.apply(learner.matrix(known, rest)))
+    on_step("fitting")
     model = fit(learner.matrix(features, everything), everything, targets, classes, groups, seed=seed)
     chosen_names = [names[position] for position in evaluated]
     basis = f"{_describe(plan, learner.count)} Method: {model.method}."
@@ -295,17 +301,12 @@ def install_linear(
     :param training_digest: digest of the table and of what else decided the model.
     :raises ConfigError: it cannot have this name or title.
     :raises NotInstalled: the models folder cannot be written.
-    :raises UnusableExamples: the model would be too large.
+    :raises UnusableExamples: the words or categories are too many bytes.
     """
     import sklearn
 
     check_custom_name(models, row.name, row.title)
     model = trained.model
-    if model.weights.size > MAX_WEIGHTS:
-        raise UnusableExamples(
-            f"The model would have {model.weights.size:,} weights; at most {MAX_WEIGHTS:,} are allowed. "
-            "Use fewer classes or columns."
-        )
     on_step("storing")
     service = load_service(row.service)
     with build_folder(models, row.name) as folder:

@@ -6,7 +6,6 @@ which are learned here: means, deviations, categories. What was found is told in
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import NotARow
+from provider_image.features.normal_form import normalise
 from provider_image.features.table import (
     MAX_CATEGORY_LENGTH,
     MAX_COLUMNS,
@@ -85,6 +85,13 @@ class LearningTable:
         """The names of the used columns."""
         return tuple(one.name for one in self.columns)
 
+    def values(self, row: Sequence[str]) -> tuple[Value, ...]:
+        """Return what a row says, however it is written: rows with 3 and 3.0 are equal."""
+        return tuple(
+            to_number(column.name, value) if column.kind == "number" else to_category(value)
+            for column, value in zip(self.columns, row, strict=True)
+        )
+
 
 def train_table(
     table: Path,
@@ -111,8 +118,8 @@ def train_table(
     on_step("reading the table")
     found = read_table(table, target, limits)
     targets = read_targets(found.target, is_regression=is_regression, limits=limits, column=target)
-    equal: dict[tuple[str, ...], int] = {}
-    groups = [equal.setdefault(row, len(equal)) for row in found.rows]
+    equal: dict[tuple[Value, ...], int] = {}
+    groups = [equal.setdefault(found.values(row), len(equal)) for row in found.rows]
     names = [f"row {number}" for number in found.numbers]
     trained = fit_and_evaluate(_TableLearner(found), targets, groups, names, seed=seed, on_step=on_step)
     facts = ModelFacts(
@@ -135,7 +142,7 @@ def read_table(table: Path, target: str, limits: ExampleLimits | None = None) ->
     """Read a CSV file and find the kind of each column. :raises UnusableExamples: it cannot be used."""
     limits = limits or ExampleLimits()
     lines = read_csv(table, limits)
-    header = [unicodedata.normalize("NFC", name) for name in next(lines)]
+    header = [normalise(name) for name in next(lines)]
     if len(header) > MAX_COLUMNS + 1:
         raise UnusableExamples(f"{table.name} has {len(header)} columns; at most {MAX_COLUMNS + 1} are allowed.")
     place = find_column(header, target)
@@ -151,7 +158,7 @@ def read_table(table: Path, target: str, limits: ExampleLimits | None = None) ->
         if is_missing(row[place]):
             without_target += 1
         else:
-            rows.append([unicodedata.normalize("NFC", value).strip() for value in row])
+            rows.append([normalise(value).strip() for value in row])
             numbers.append(number)
     if not rows:
         raise UnusableExamples(f"{table.name} has no row with a value in the column {target!r}.")
@@ -175,7 +182,7 @@ def find_column(header: Sequence[str], name: str) -> int:
     """Return the place of a column. :raises UnusableExamples: there is none, or a name occurs twice."""
     if len(set(header)) != len(header) or not all(column and column.isprintable() for column in header):
         raise UnusableExamples("The first line of the table must name each column, each with its own name.")
-    wanted = unicodedata.normalize("NFC", name)
+    wanted = normalise(name)
     if wanted not in header:
         raise UnusableExamples(f"The table has no column {name[:100]!r}. It has: {', '.join(header)[:300]}.")
     return list(header).index(wanted)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.errors import BadInput, ConfigError
+from provider_image.features.normal_form import normalise
 from provider_image.features.table import is_missing
 from provider_image.features.text import MAX_TERMS, SEGMENTERS, TextFeatures, find_terms, load_segmenter, parse_text
 from provider_image.models.artefact import Artefact
@@ -103,7 +104,7 @@ def _read_texts(table: Path, text: str, target: str, limits: ExampleLimits) -> A
     for count, row in enumerate(lines):
         if count == limits.max_rows:
             raise UnusableExamples(f"{table.name} has more than {limits.max_rows:,} rows.")
-        data, value = row[text_at].encode(), row[target_at].strip()
+        data, value = row[text_at].encode(), normalise(row[target_at]).strip()
         try:
             if is_missing(value):
                 raise UnusableExamples("There is no value to learn.")
@@ -124,7 +125,7 @@ class _TextLearner:
     def learn(self, positions: Sequence[int]) -> TextFeatures:
         """Learn the terms that several texts have, the most frequent ones, and their weights."""
         texts = Counter(term for position in positions for term in self._terms[position])
-        least = 1 if len(positions) <= _FEW_TEXTS else _MIN_TEXTS
+        least = 1 if self.count <= _FEW_TEXTS else _MIN_TEXTS  # as for the model that is served
         frequent = sorted((-count, term) for term, count in texts.items() if count >= least)[:MAX_TERMS]
         if not frequent:
             raise UnusableExamples("The texts have no words in common, so nothing can be learned from them.")

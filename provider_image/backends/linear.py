@@ -8,6 +8,8 @@ without returns a number. Weaknesses: CPU only, and nothing but linear models.
 
 from __future__ import annotations
 
+import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,15 +98,18 @@ def write_net(folder: Path, weights: Array, bias: Array) -> None:
 def _read(artefact: Artefact, file: str, shape: tuple[int, ...]) -> Array:
     import numpy as np
 
-    path = artefact.folder / file
+    path, count = artefact.folder / file, math.prod(shape)
     try:
-        # Mapped, so that a header that promises more than the file has allocates nothing.
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(found, np.ndarray) or found.dtype != np.float64 or found.shape != shape:
-            raise ValueError(f"it is not {' x '.join(map(str, shape))} numbers of 64 bits")
-        if found.size > MAX_WEIGHTS:
+        if count > MAX_WEIGHTS:
             raise ValueError(f"it has more than {MAX_WEIGHTS} numbers")
-        return np.array(found)
+        # There is one header that it can have; numpy would parse any other as an expression of Python.
+        header = io.BytesIO()
+        facts = {"descr": "<f8", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, facts)
+        with path.open("rb") as data:
+            if data.read(len(header.getvalue())) != header.getvalue() or path.stat().st_size != data.tell() + 8 * count:
+                raise ValueError(f"it is not {' x '.join(map(str, shape))} numbers of 64 bits")
+            return np.fromfile(data, "<f8", count).reshape(shape)
     except DAMAGED_FILE_ERRORS as error:
         raise BrokenArtefact(
             f"{path} cannot be read: {error}. Delete {artefact.folder}, then train the model again."

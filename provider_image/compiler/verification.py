@@ -174,8 +174,8 @@ class _Expected:
         import numpy as np
 
         # Probabilities and vectors of unit length have no numbers beyond 1.
-        gaps = [np.abs(a - b) / np.maximum(1, np.abs(a)) for a, b in zip(self.results, actual, strict=True)]
-        largest = max(float(each.max()) for each in gaps)
+        scale = max(1.0, *(float(np.abs(each).max()) for each in self.results))
+        largest = max(float(np.abs(a - b).max()) for a, b in zip(self.results, actual, strict=True)) / scale
         if not math.isfinite(largest):
             return Difference(largest=1.0, is_same_order=False)
         service = load_service(self.draft.service)
@@ -185,7 +185,7 @@ class _Expected:
         except InferenceFailed:
             return Difference(largest=1.0, is_same_order=False)
         return Difference(
-            largest=max(largest, *(each.largest for each in found)),
+            largest=max(largest, max(each.largest * each.scale for each in found) / max(each.scale for each in found)),
             is_same_order=all(each.is_same_order for each in found),
         )
 

@@ -6,13 +6,13 @@ Used by the service `table` and by `trainer/tables.py`, which learns the columns
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import NotARow
+from provider_image.features.normal_form import normalise
 from provider_image.rows import Value
 
 if TYPE_CHECKING:
@@ -172,11 +172,15 @@ def to_number(name: str, value: Value) -> float | None:
 
 
 def to_category(value: Value) -> str:
-    """Read the value of a column of categories: "" if it is missing; 3 and 3.0 are the category 3, in normal form C."""
+    """Read the value of a column of categories, in normal form C.
+
+    :return: "" if it is missing; 3 and 3.0 are the category 3, and True of a CSV is the true of JSON.
+    """
     if is_missing(value):
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return unicodedata.normalize("NFC", value).strip() if isinstance(value, str) else str(value)
+    text = normalise(value).strip() if isinstance(value, str) else str(value)
+    return text.lower() if text.lower() in ("true", "false") else text

@@ -10,12 +10,12 @@ import importlib
 import importlib.util
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import NotAText, NotInstalled
+from provider_image.features.normal_form import normalise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +47,7 @@ def parse_text(data: bytes) -> str:
     :raises NotAText: it is not UTF-8, or has nothing but blanks.
     """
     try:
-        text = unicodedata.normalize("NFC", data.decode("utf-8-sig")).strip()
+        text = normalise(data.decode("utf-8-sig")).strip()
     except UnicodeDecodeError as error:
         raise NotAText("The text is not UTF-8.") from error
     if not text or "\0" in text:
@@ -83,7 +83,7 @@ def find_terms(text: str, cut: Callable[[str], Sequence[str]] | None) -> Iterato
     """
     words: list[str] = []
     end = 0
-    folded = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
+    folded = normalise(text, "NFKC").lower().replace("\u2019", "'")
     for run in _RUN.finditer(folded):
         if words and (run["unspaced"] or not folded[end : run.start()].isspace()):
             yield from _chains(words, " ", _WORDS)

@@ -41,6 +41,12 @@ _MAX_JSON_BYTES = 4 * 1024 * 1024
 #: Types of fields that are converted alone.
 _PLAIN_TYPES: dict[object, Callable[[Any], Any]] = {"str": str, "int": int, "float": float, "bool": bool}
 
+#: Service -> what `mlg train` learns a model for it from; a folder for others.
+_EXAMPLES = {
+    "regression": "CSV --target COLUMN",
+    "table": "CSV --target COLUMN",
+    "text": "CSV --text COLUMN --target COLUMN",
+}
 #: An artefact that cannot be used is read again after this time: its other files may have been repaired meanwhile.
 _RETRY_SECONDS = 1.0
 
@@ -135,6 +141,13 @@ class Artefact(ModelFacts):
         return sum(size for size, _ in self.files.values())
 
     @property
+    def install_command(self) -> str:
+        """Return the command that makes it again."""
+        if self.provenance is None:
+            return install_command(self.name)
+        return f"mlg train {self.name} {_EXAMPLES.get(self.service, 'FOLDER')}"
+
+    @property
     def file_names(self) -> tuple[str, ...]:
         """Return the names of all files in its folder beside model.json."""
         expected = (file for sample in self.samples for file, _ in sample.files.values())
@@ -187,8 +200,9 @@ def read_artefact(folder: Path) -> Artefact:
                 f"Install it again: {install_command(folder.name)}"
             )
         artefact = _parse(_from_format_2(facts) if facts["format"] == 2 else facts, folder)
-        texts = [each for each in vars(artefact).values() if isinstance(each, str)]
-        if not all(map(str.isprintable, (*texts, *itertools.chain(*artefact.labels)))):
+        facts = {**vars(artefact), **(vars(artefact.provenance) if artefact.provenance else {})}
+        texts = [each for each in facts.values() if isinstance(each, str)]
+        if not all(map(str.isprintable, (*texts, *artefact.columns, *itertools.chain(*artefact.labels)))):
             raise ValueError("a text has control characters, which a terminal would obey")
         for file in artefact.file_names:
             # A model.json may come from elsewhere, and names in it must not lead out of its folder.
@@ -198,7 +212,7 @@ def read_artefact(folder: Path) -> Artefact:
             if (folder / file).stat().st_size != size:
                 raise BrokenArtefact(
                     f"{folder / file} is cut short. If the folder is still being copied, wait until it is complete; "
-                    f"otherwise delete it, then: {install_command(folder.name)}"
+                    f"otherwise delete it, then: {artefact.install_command}"
                 )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise BrokenArtefact(
@@ -252,7 +266,7 @@ def check_files(artefact: Artefact) -> None:
     if artefact.digest != compute_digest(artefact):
         raise BrokenArtefact(
             f"The model {artefact.name} was changed: its digest does not match its model.json. "
-            f"Delete {artefact.folder}, then: {install_command(artefact.name)}"
+            f"Delete {artefact.folder}, then: {artefact.install_command}"
         )
     for file, (_, sha256) in artefact.files.items():
         try:
@@ -263,7 +277,7 @@ def check_files(artefact: Artefact) -> None:
         if found != sha256:
             raise BrokenArtefact(
                 f"{artefact.folder / file} has changed since it was made. Delete {artefact.folder}, "
-                f"then: {install_command(artefact.name)}"
+                f"then: {artefact.install_command}"
             )
 
 

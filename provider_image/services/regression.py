@@ -5,13 +5,12 @@ The graph takes uint8 RGB and returns one number in the unit of the numbers that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from provider_image.errors import InferenceFailed, MalformedResults
 from provider_image.images.resizing import load_image
 from provider_image.service import IMAGE_INPUT, Difference, Input, Output, OutputFile, Param
+from provider_image.services.scores import VALUE_SCHEMA, check_value, compare_numbers, make_value
 
 if TYPE_CHECKING:
     from provider_image.backends import Device, Net
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 #: Values are rounded to this many digits: two correct machines differ in the last of them.
 _DIGITS = 7
-#: Largest number of 32-bit floats; also refuses infinite ones and whole numbers that no float can hold.
-_MAX_VALUE = 3.4028234663852886e38
 
 
 class Regression:
@@ -35,7 +32,7 @@ class Regression:
     output_schema: Mapping[str, Any] = {
         "type": "object",
         "required": ["value"],
-        "properties": {"value": {"type": "number", "description": "the number"}},
+        "properties": {"value": VALUE_SCHEMA},
     }
     example: Mapping[str, Any] = {"value": 3.72}
 
@@ -53,26 +50,15 @@ class Regression:
 
     def run(self, net: Net, items: Sequence[Any], params: Sequence[Mapping[str, Any]]) -> list[Output]:
         """Rate decoded images. :raises InferenceFailed: the net did not return one finite number for each."""
-        outputs = []
-        for values in net.infer(items):
-            if values.shape != (1,) or not math.isfinite(values[0]):
-                raise InferenceFailed(f"The model {net.artefact.name} did not return one finite number.")
-            outputs.append(Output(data={"value": float(f"{float(values[0]):.{_DIGITS}g}")}))
-        return outputs
+        return [Output(data={"value": make_value(net.artefact, values, _DIGITS)}) for values in net.infer(items)]
 
     def check_output(self, artefact: Artefact, params: Mapping[str, Any], output: Output) -> None:
         """Check that it is one finite number. :raises MalformedResults:"""
-        data = output.data
-        if not isinstance(data, dict) or data.keys() != {"value"}:
-            raise MalformedResults("The output of a regression must be its value.")
-        value = data["value"]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_VALUE:
-            raise MalformedResults("The value must be a finite number.")
+        check_value(output.data)
 
     def compare(self, expected: Output, output: Output, tolerance: float) -> Difference:
-        """Return the difference of the values; of numbers beyond 1, as a share of the expected one."""
-        one, other = expected.data["value"], output.data["value"]
-        return Difference(largest=abs(one - other) / max(1.0, abs(one)), is_same_order=True)
+        """Compare the numbers."""
+        return compare_numbers(expected.data["value"], output.data["value"])
 
     def view(self, output: Any, params: Mapping[str, Any]) -> Any:
         """Return all of it."""

@@ -1,6 +1,7 @@
-"""What models of table rows and texts answer: labels with their probabilities, or a number.
+"""Answers that several services give: labels with their probabilities, or a number.
 
-Used by the services `table` and `text`. Labels are shown, checked and compared as those of a classification.
+Used by the services `table` and `text`, and for its number by `regression`. Labels are shown, checked and compared as
+those of a classification.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from provider_image.services.classification import TOP_LABELS, Classification, t
 if TYPE_CHECKING:
     import numpy as np
 
-#: Numbers are rounded to so many digits: two correct machines differ by about 1e-15 of the terms of a sum.
+#: Numbers of the backend linear are rounded to so many digits: two correct machines differ by about 1e-15 of the terms
+#: of a sum.
 DIGITS = 8
 #: The JSON Schema of labels, and of a number.
 LABELS_SCHEMA: Mapping[str, Any] = {
@@ -39,9 +41,9 @@ VALUE_SCHEMA: Mapping[str, Any] = {"type": "number", "description": "the number 
 _SERVICE = Classification()
 
 
-def round_number(number: float) -> float:
-    """Round a number to DIGITS digits."""
-    return float(f"{number:.{DIGITS}g}")
+def round_number(number: float, digits: int = DIGITS) -> float:
+    """Round a number to some digits."""
+    return float(f"{number:.{digits}g}")
 
 
 def make_labels(artefact: Artefact, probabilities: np.ndarray[Any, Any]) -> list[list[Any]]:
@@ -53,11 +55,11 @@ def make_labels(artefact: Artefact, probabilities: np.ndarray[Any, Any]) -> list
     return [row[1:] for row in top_labels(artefact.labels, probabilities)]
 
 
-def make_value(artefact: Artefact, numbers: np.ndarray[Any, Any]) -> float:
+def make_value(artefact: Artefact, numbers: np.ndarray[Any, Any], digits: int = DIGITS) -> float:
     """Return the number of a regression. :raises InferenceFailed: it is not one finite number."""
     if numbers.shape != (1,) or not math.isfinite(float(numbers[0])):
         raise InferenceFailed(f"The model {artefact.name} did not return one finite number.")
-    return round_number(float(numbers[0]))
+    return round_number(float(numbers[0]), digits)
 
 
 def check_labels(artefact: Artefact, rows: Any) -> None:
@@ -65,6 +67,13 @@ def check_labels(artefact: Artefact, rows: Any) -> None:
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 2 for row in rows):
         raise MalformedResults("The labels must be rows of [label, probability].")
     _SERVICE.check_output(artefact, {}, _as_classification(rows))
+
+
+def check_value(data: Any) -> None:
+    """Check an answer that is a number alone. :raises MalformedResults:"""
+    if not isinstance(data, dict) or data.keys() != {"value"}:
+        raise MalformedResults("The answer must have a value.")
+    check_number(data["value"])
 
 
 def check_number(value: Any) -> None:
@@ -79,9 +88,9 @@ def compare_labels(expected: list[Any], rows: list[Any], tolerance: float) -> Di
 
 
 def compare_numbers(expected: float, value: float) -> Difference:
-    """Compare two numbers; the difference is a share of the larger one."""
-    largest = max(abs(expected), abs(value))
-    return Difference(largest=abs(expected - value) / largest if largest else 0.0, is_same_order=True)
+    """Return the difference of two numbers; of those beyond 1, as a share of the expected one."""
+    scale = max(1.0, abs(expected))
+    return Difference(largest=abs(expected - value) / scale, scale=scale, is_same_order=True)
 
 
 def _as_classification(rows: list[Any]) -> Output:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from provider_image.errors import MalformedResults
 from provider_image.features import load_table_features
 from provider_image.rows import check_columns, parse_row
 from provider_image.service import Difference, Input, Output, OutputFile, Param
@@ -18,7 +17,7 @@ from provider_image.services.scores import (
     LABELS_SCHEMA,
     VALUE_SCHEMA,
     check_labels,
-    check_number,
+    check_value,
     compare_labels,
     compare_numbers,
     make_labels,
@@ -84,10 +83,8 @@ class Table:
         """Check that the labels are the model's, or that there is a number. :raises MalformedResults:"""
         if artefact.labels:
             check_labels(artefact, output.data)
-        elif not isinstance(output.data, dict) or output.data.keys() != {"value"}:
-            raise MalformedResults("The answer must have a value.")
         else:
-            check_number(output.data["value"])
+            check_value(output.data)
 
     def compare(self, expected: Output, output: Output, tolerance: float) -> Difference:
         """Compare the probabilities, or the numbers."""

@@ -163,7 +163,7 @@ class Text:
         gaps = [abs(number - other[word]) if word in other else abs(number) - floors[1] for word, number in one.items()]
         gaps += [abs(number) - floors[0] for word, number in other.items() if word not in one]
         largest = max([found.largest, *(gap / strongest for gap in gaps if gap > 0)])
-        return Difference(largest=largest, is_same_order=found.is_same_order)
+        return Difference(largest=largest, scale=found.scale, is_same_order=found.is_same_order)
 
     def view(self, output: Any, params: Mapping[str, Any]) -> Any:
         """Return the first `top` labels, or the number, and the words."""

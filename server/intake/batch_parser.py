@@ -27,6 +27,7 @@ from werkzeug.http import parse_options_header
 from werkzeug.sansio import multipart as forms
 
 from provider_image.errors import BadInput, BrokenImage, EmptyImage, MalformedRequest, MlgError, NotARow, TooManyBytes
+from provider_image.features.normal_form import normalise
 from provider_image.rows import find_delimiter
 from provider_image.service import Input
 from server.errors import LengthMissing, TooManyItems, UnsupportedMediaType
@@ -413,7 +414,7 @@ def _csv_items(file: IO[bytes], input_name: str, one: Input) -> Iterator[BatchIt
         reader = csv.reader(lines, delimiter=find_delimiter(header), strict=True)
         names = next(csv.reader([header], delimiter=find_delimiter(header), strict=True), [])
         # As training reads them.
-        columns = [unicodedata.normalize("NFC", name).strip() for name in names]
+        columns = [normalise(name).strip() for name in names]
         if len(set(columns)) != len(columns) or "" in columns:
             raise MalformedRequest("The first line of the CSV must name each column, each with its own name.")
         if one.kind == "text" and not {input_name} <= set(columns) <= {input_name, "client_id"}:

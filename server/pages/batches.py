@@ -111,6 +111,7 @@ class BatchPageViews(Views):
             downloads=[(f"/batches/{batch.id}/{name}", label) for name, label in _DOWNLOADS],
             items=items,
             excerpts=read_excerpts(self._context, items),
+            unknown=self._context.find_unknown(items),
             state=state or "",
             states=[("", "all", batch.total), *(entry for entry in counts if entry[2] or entry[0] == state)],
             more=None if more is None else url_with_query(url, more),

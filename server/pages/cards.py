@@ -77,7 +77,7 @@ def timeline(request: RequestRecord, payload: Mapping[str, Any]) -> Sequence[Ste
     """List the steps of a request's history. :param payload: its JSON, which has the reason why it waits."""
     steps = [Step(title="Received", at=request.created_at)]
     if request.is_cached:
-        text = "The same model has answered for the same image before."
+        text = "The same model has answered for the same input before."
         return [*steps, Step(title="Answered from an earlier result", at=request.finished_at, text=text)]
     steps.append(Step(title="Queued", at=request.created_at, text=_attempts(request)))
     if request.claimed_at is not None and request.state is not RequestState.QUEUED:

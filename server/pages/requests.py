@@ -53,6 +53,7 @@ class RequestPageViews(Views):
             "requests.html",
             items=shown,
             excerpts=read_excerpts(self._context, shown),
+            unknown=self._context.find_unknown(shown),
             q=fields["q"],
             state=fields["state"],
             model=fields["model"],

@@ -633,7 +633,7 @@ def test_forged_value_is_refused(rated, value):
 
 
 def test_value_with_more_beside_it_is_refused(rated):
-    with pytest.raises(MalformedResults, match="must be its value"):
+    with pytest.raises(MalformedResults, match="must have a value"):
         rated.check(Output(data={**rated.output.data, "more": 1}))
 
 

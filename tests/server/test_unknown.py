@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ from provider_image.models.artefact import Artefact, read_artefact
 from provider_image.models.catalogue import ModelFacts
 from server.serializers import parse_read_params, serialize_request
 from server.settings import ServerSettings
+from server.thumbnails import Thumbnails
 from store.requests import Answer
 from store.store import Store
 
@@ -63,6 +66,31 @@ def ask(client: flask.testing.FlaskClient, store: Store, photos: dict[str, bytes
         return client.get(f"/readPrediction/{accepted['req_id']}").json
 
     return send
+
+
+def test_lists_and_files_of_a_batch_say_unknown(
+    ask: Callable[[Artefact], Any],
+    client: flask.testing.FlaskClient,
+    settings: ServerSettings,
+    photos: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    artefact = install_pets(settings.models, 0.63)
+    ask(artefact)  # which also answers for the same photo in the batch
+    form = {"image": (io.BytesIO(photos["coffee"]), "coffee.jpg")}
+    batch = client.post("/requestPredictions/pets", data=form).json
+    cells: list[Any] = []
+    monkeypatch.setattr(Thumbnails, "sheet", lambda self, found, *, client: cells.extend(found) or b"sheet")
+
+    (row,) = csv.DictReader(io.StringIO(client.get(f"/batches/{batch['batch_id']}/results.csv").text))
+    client.get(f"/batches/{batch['batch_id']}/contact-sheet.png")
+    pages = [client.get(path).text for path in ("/ui/requests", f"/ui/batches/{batch['batch_id']}")]
+
+    assert (row["label"], row["probability"], row["unknown"]) == ("cat", "0.62", "True")
+    assert cells[0][1][0] == "unknown"
+    assert all('class="best">unknown' in page for page in pages)
+    install_pets(settings.models, 0.5)  # whose answers those are not
+    assert "unknown" not in client.get("/ui/requests").text
 
 
 @pytest.mark.parametrize(("threshold", "is_unknown"), [(0.63, True), (0.62, False), (0.1, False)])

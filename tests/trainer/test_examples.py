@@ -272,6 +272,22 @@ def test_the_directory_of_a_zip_is_limited_before_it_is_read(tmp_path: Path, wor
         read(source, work, limits=ExampleLimits(max_zip_bytes=100))
 
 
+def test_a_long_comment_does_not_hide_that_the_directory_is_elsewhere(tmp_path: Path, work: Path) -> None:
+    source = pack(tmp_path / "photos.zip", TWO_CLASSES)
+    raw = source.read_bytes()
+    start = raw.rfind(b"PK\x05\x06")
+    directory_bytes, directory_at = struct.unpack_from("<LL", raw, start + 12)
+    end = struct.pack("<4sQHHLLQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, 10, 10, directory_bytes, directory_at)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, start, 1)
+    # Zeros and the largest numbers: what counts is in the larger record.
+    last = struct.pack("<4sHHHHLLH", b"PK\x05\x06", 0, 0, 0xFFFF, 0, 0, 0, 65_535) + bytes(65_535)
+    source.write_bytes(raw[:start] + end + locator + last)
+    assert len(zipfile.ZipFile(source).infolist()) == 10
+
+    with pytest.raises(UnusableExamples, match="names that are too long"):
+        read(source, work, limits=ExampleLimits(max_files=70_000, max_directory_bytes=100))
+
+
 # CSV files
 
 

@@ -155,6 +155,22 @@ def test_figures_without_a_holdout_say_so_and_what_is_missing() -> None:
     assert [each.missing for each in found.figures.shortages] == [8, 8, 8]
 
 
+def test_figures_are_of_the_method_that_is_served() -> None:
+    # Enough examples for a regression, but not without the part that is evaluated.
+    features, labels = clusters(9, 2, spread=2.0)
+
+    found = fit_and_evaluate_classes(features, labels, labels)
+    expected = [
+        fit_classifier(features[list(learn)], [labels[each] for each in learn], learn, is_by_neighbours=False).apply(
+            features[list(rest)]
+        )
+        for learn, rest in found.plan.parts
+    ]
+
+    assert found.head.method.startswith("logistic")
+    assert [each.probability for each in found.figures.items] == np.concatenate(expected).max(axis=1).tolist()
+
+
 def test_no_figures_where_all_of_a_class_are_near_duplicates() -> None:
     features, labels = clusters(10, 2, spread=0.001)
 

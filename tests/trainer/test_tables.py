@@ -216,7 +216,8 @@ def test_two_classes_of_numbers_are_classes_unless_the_user_says_otherwise(tmp_p
 def test_equal_rows_are_on_one_side_of_the_split(tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     # Every row is there five times, and its class is random: what is learned by heart must not look like knowledge.
-    rows = [[*random.normal(size=12).round(3), str(random.integers(2))] for _ in range(50)] * 5
+    rows = [[*random.normal(size=12).round(3), str(random.integers(2))] for _ in range(50)] * 4
+    rows += [[*(f" {each:.5f}" for each in numbers), label] for *numbers, label in rows[:50]]
     table = write(tmp_path / "table.csv", [*"abcdefghijkl", "class"], rows)
 
     _, figures = train_table(table, "class", name="noise", models=tmp_path / "models")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from provider_image.services import load_service
 from trainer.errors import UnusableExamples
 from trainer.examples import ExampleLimits
 from trainer.figures import Figures
-from trainer.texts import train_text
+from trainer.texts import _TextLearner, train_text
 
 pytest.importorskip("sklearn")
 
@@ -191,6 +192,23 @@ def test_texts_that_are_too_many_or_too_long_are_refused(tmp_path: Path, limits:
 
     with pytest.raises(UnusableExamples, match=r"more than 79 rows|too long: at most 500"):
         train_text(table, "said", "opinion", name="x", models=tmp_path / "models", limits=limits)
+
+
+def test_a_model_of_too_many_classes_and_terms_is_refused_before_it_is_fitted(tmp_path: Path) -> None:
+    # 201 classes of 5 texts; two texts have the same 200 words.
+    texts = [", ".join(f"w{block * 200 + word}" for word in range(200)) for block in range(503)]
+    rows = [(texts[place // 2], f"c{place // 5}") for place in range(1005)]
+    steps: list[str] = []
+
+    with pytest.raises(UnusableExamples, match="20,100,000 weights"):
+        train_text(write(tmp_path / "t.csv", rows), "said", "opinion", name="x", models=tmp_path, on_step=steps.append)
+    assert "fitting" not in steps
+
+
+def test_terms_of_an_evaluation_are_chosen_like_those_of_the_model() -> None:
+    learner = _TextLearner([Counter(["common", f"rare{number}"]) for number in range(41)], "characters")
+
+    assert learner.learn(range(30)).terms == learner.learn(range(41)).terms == ("common",)
 
 
 def test_unknown_segmenter_is_refused(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from store.states import RequestState
 RESULTS_PER_READ = 200
 _CSV_COLUMNS = (
     "client_id", "req_id", "name", "status", "label_id", "label", "probability", "code", "reason", "cached",
-    "provider", "seconds", "cost", "finished_at", "cursor", "value",
+    "provider", "seconds", "cost", "finished_at", "cursor", "value", "unknown",
 )  # fmt: skip
 _BATCH = "Batch"
 _AFTER = Field(name="after", help="The `cursor` of the last line that you have: only what ended after it.")
@@ -193,7 +193,7 @@ class BatchViews(Views):
         cells = [
             (
                 request.image_sha256 if request.image_deleted_at is None and is_image(request) else None,
-                _sheet_lines(request, self._context.serialize(request)["preds"]),
+                _sheet_lines(request, self._context.serialize(request)),
             )
             for request in found
         ]
@@ -275,11 +275,15 @@ def _top_prediction(preds: Any) -> tuple[Any, Any, Any]:
     return None, None, None
 
 
-def _sheet_lines(request: RequestRecord, preds: Any) -> list[str]:
-    _, label, probability = _top_prediction(preds)
+def _sheet_lines(request: RequestRecord, shown: dict[str, Any]) -> list[str]:
+    _, label, probability = _top_prediction(shown["preds"])
     if request.state is RequestState.DONE and label is not None:
-        return [f"{label}", f"{float(probability):.2f} {request.client_id or ''}"]
-    return [request.status, request.client_id or ""]
+        return [
+            "unknown" if shown.get("unknown") else f"{label}",
+            f"{float(probability):.2f} {request.client_id or ''}",
+        ]
+    value = shown["preds"].get("value") if isinstance(shown["preds"], dict) else None
+    return [request.status if value is None else f"{value:.6g}", request.client_id or ""]
 
 
 def _csv_line(cells: Any) -> str:

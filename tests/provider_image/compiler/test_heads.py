@@ -15,6 +15,7 @@ from provider_image.backends import Device
 from provider_image.backends.openvino import load_net
 from provider_image.check import check_model
 from provider_image.compiler.heads import Head, TrainedModel, build
+from provider_image.compiler.self_test import small_images
 from provider_image.errors import ConfigError, NotInstalled, UnsuitableModel
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import Artefact, compute_digest, find_artefact, read_artefact
@@ -153,6 +154,22 @@ def test_where_it_comes_from_is_recorded_and_part_of_the_digest(
     assert artefact.unknown_below == model.unknown_below
     assert compute_digest(artefact) == artefact.digest
     assert len({artefact.digest, compute_digest(retrained), compute_digest(stricter)}) == 3
+
+
+def test_a_number_that_large_terms_leave_is_compared_with_the_largest_answer(
+    models: Path, trained: dict[str, TrainedModel], backbone: Artefact, faces: list[bytes]
+) -> None:
+    # Terms of a million; the bias makes the answer for the first image 0, which 32-bit floats miss by a tenth or so.
+    small = decode(small_images(faces[:1], 224, 224)["selftest-0.jpg"], 224, 224, backbone.crop)
+    first = np.stack(load_net(backbone, Device(threads=1)).infer([small])).astype(np.float64)
+    weights = 1e6 * np.random.default_rng(0).normal(size=(1280, 1)).astype(np.float32)
+    bias = -(first @ weights.astype(np.float64))[0].astype(np.float32)
+    head = Head(kind="regression", method="chosen", weights=weights, bias=bias)
+
+    artefact = build(models, replace(trained["ratings"], name="profit", head=head, images=faces[:4]))
+
+    assert artefact.samples[0].output["value"] == pytest.approx(0, abs=1000)
+    assert check_model(artefact.folder, Device(threads=1), seconds=0.01).is_ok
 
 
 def test_small_copies_of_the_images_are_the_self_test(built: tuple[TrainedModel, Artefact], faces: list[bytes]) -> None:

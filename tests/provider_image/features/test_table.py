@@ -54,6 +54,7 @@ def test_unknown_category_without_a_mark_for_others_has_only_zeros() -> None:
         (3.0, "3"),
         (3.5, "3.5"),
         (True, "true"),
+        ("True", "true"),
         (None, ""),
         (" x ", "x"),
         ("NaN", ""),
