@@ -54,6 +54,7 @@ class Similarity:
         self._collections = collections
         self._slots = FairSlots(max_waiting)
         self._running = threading.BoundedSemaphore(_RUNNING)
+        self._filtering = threading.Lock()
         self._comparisons = FairSlots(2)
         self._comparing = threading.Lock()
         self._lock = threading.Lock()
@@ -84,7 +85,9 @@ class Similarity:
             return SearchResult(matches=(), recall=None)
         with self._slot(self._slots, client):
             cache = self._up_to_date(collection)
-            numbers = self._collections.numbers_with_labels(collection, labels)
+            # A label may be that of every member; searches without labels do not wait for that.
+            with self._filtering if labels else contextlib.nullcontext():
+                numbers = self._collections.numbers_with_labels(collection, labels)
             with self._running:
                 found = cache.search(vector, k + (without is not None), threshold=threshold, numbers=numbers)
             found = [match for match in found if match.number != without][:k]

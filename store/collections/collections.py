@@ -11,9 +11,9 @@ leaves is removed by the next purge.
 from __future__ import annotations
 
 import builtins
-import contextlib
 import functools
 import json
+import logging
 import re
 import shutil
 import sqlite3
@@ -25,13 +25,21 @@ from datetime import datetime
 from pathlib import Path
 
 from provider_image.errors import InvalidParams, MlgError
-from store.collections.members import NewMember, add_members, complete_members, remove_members
+from store.collections.members import (
+    NewMember,
+    TooManyCollections,
+    add_members,
+    complete_members,
+    remove_members,
+)
 from store.collections.vector_cache import VectorCache, VectorChange
 from store.database import Database, Transaction
-from store.errors import LimitReached, UnknownRequest
+from store.errors import LimitReached, StoreError, UnknownRequest
 from store.images import as_store_error
 from store.rows import from_row, insert_sql, to_row, to_text
 from store.states import RequestState
+
+log = logging.getLogger(__name__)
 
 #: Collections of one key, and members of one collection.
 MAX_COLLECTIONS = 1000
@@ -39,11 +47,11 @@ MAX_MEMBERS = 2_000_000
 #: Letters, digits, dots, underscores and hyphens; an id is never a name.
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 _ID_PATTERN = "[0-9a-f]{32}"
-#: Members that one commit adds or removes, and vectors that one query reads.
-_MEMBERS_PER_COMMIT = 50
+#: Members that one commit adds or removes, changes that one forgets, and vectors that one query reads.
+_MEMBERS_PER_COMMIT, _CHANGES_PER_COMMIT = 50, 2000
 _VECTORS_PER_READ = 2000
 #: How long removing a collection goes on before the rest is left to the next purge.
-REMOVAL_SECONDS = 20.0
+REMOVAL_SECONDS = 5.0
 
 _FIND = """
     SELECT * FROM collections WHERE deleted_at IS NULL AND coalesce(key_id, '') = coalesce(:key_id, '') AND name = :name
@@ -56,6 +64,11 @@ _COUNT_OF_KEY = "SELECT count(*) FROM collections WHERE deleted_at IS NULL AND k
 _COUNTS = """
     SELECT count(*) AS total, count(sequence) AS ready FROM collection_members
     INDEXED BY collection_members_sequence WHERE collection = ?
+"""
+
+_COUNT_WITHOUT_VECTOR = """
+    SELECT count(*) FROM collection_members INDEXED BY collection_members_sequence
+    WHERE collection = ? AND sequence IS NULL
 """
 
 _COUNT_FAILED = f"""
@@ -109,6 +122,11 @@ _MEMBER_OF_REQUEST = """
     WHERE collection = ? AND request_number = (SELECT number FROM requests WHERE id = ?)
 """
 
+_FORGET_CHANGES = f"""
+    DELETE FROM collection_changes WHERE collection = :number AND sequence IN (
+        SELECT sequence FROM collection_changes WHERE collection = :number LIMIT {_CHANGES_PER_COMMIT})
+"""
+
 _SOME_MEMBERS = "SELECT * FROM collection_members WHERE collection = ? LIMIT ?"
 
 
@@ -124,10 +142,6 @@ class CollectionExists(MlgError):
     """There is a collection with this name already. Choose another name, or delete that one first."""
 
     permanent = True
-
-
-class TooManyCollections(LimitReached):
-    """This API key has as many collections as it may. Delete one first."""
 
 
 class TooManyMembers(LimitReached):
@@ -260,6 +274,10 @@ class Collections:
 
     def check_room(self, collection: CollectionRecord, count: int) -> None:
         """Check that so many images may be added. :raises TooManyMembers:"""
+        # No more than these; counting them all would take long for each image of a large collection.
+        (waiting,) = self._database.row(_COUNT_WITHOUT_VECTOR, (collection.number,))
+        if collection.sequence + waiting + count <= MAX_MEMBERS:
+            return
         (total, _) = self._database.row(_COUNTS, (collection.number,))
         if total + count > MAX_MEMBERS:
             raise TooManyMembers(f"A collection has at most {MAX_MEMBERS} images. Create another one.")
@@ -328,7 +346,8 @@ class Collections:
             values += [collection.number, value, *(() if name is None else (name,))]
         if not selects:
             return None
-        return [number for (number,) in self._database.rows(" INTERSECT ".join(selects), values)]
+        with self._database.read() as connection:
+            return [number for (number,) in connection.execute(" INTERSECT ".join(selects), values)]
 
     # Searching
 
@@ -387,8 +406,12 @@ class Collections:
             elif collection.dimensions is not None:
                 cache = self.cache(collection)
                 if cache.sequence() != collection.sequence:
-                    with contextlib.suppress(TimeoutError):  # another process is doing it
+                    try:
                         self.update_cache(collection, cache, makes_bits=False, wait_seconds=0)
+                    except (TimeoutError, UnknownCollection):
+                        continue  # another process is doing it, or has removed the collection
+                    except StoreError:
+                        log.exception("cannot bring the vectors in %s up to date; the next purge tries again", path)
 
     # Removing
 
@@ -401,34 +424,34 @@ class Collections:
         if not self._database.execute(sql, (to_text(now), collection.number)):
             raise UnknownCollection()
         give_up_at = time.monotonic() + REMOVAL_SECONDS
-        self.finish_removals(is_stopping=lambda: time.monotonic() > give_up_at)
+        self._finish_removal(collection.number, collection.id, lambda: time.monotonic() > give_up_at)
 
     def finish_removals(self, *, is_stopping: Callable[[], bool] = lambda: False) -> None:
-        """Remove what is left of deleted collections."""
+        """Remove what is left of deleted collections, until it shall stop."""
         for number, id in self._database.rows("SELECT number, id FROM collections WHERE deleted_at IS NOT NULL"):
+            self._finish_removal(number, id, is_stopping)
 
-            def write(transaction: Transaction, number: int = number) -> int:
-                if is_stopping():
-                    return 0
-                found = transaction.execute(_SOME_MEMBERS, (number, _MEMBERS_PER_COMMIT)).fetchall()
-                return remove_members(transaction, found)
+    def _finish_removal(self, number: int, id: str, is_stopping: Callable[[], bool]) -> None:
+        def remove(transaction: Transaction) -> int:
+            if is_stopping():
+                return 0
+            found = transaction.execute(_SOME_MEMBERS, (number, _MEMBERS_PER_COMMIT)).fetchall()
+            return remove_members(transaction, found)
 
-            shutil.rmtree(self._folder / id, ignore_errors=True)
-            self._database.write_in_steps(write, rows_per_commit=_MEMBERS_PER_COMMIT)
-            self._database.execute_in_steps(
-                """
-                DELETE FROM collection_changes WHERE collection = :number AND sequence IN (
-                    SELECT sequence FROM collection_changes WHERE collection = :number LIMIT :rows_per_commit)
-                """,
-                {"number": number},
-                rows_per_commit=2000,
-            )
-            self._database.execute(
-                "DELETE FROM collections WHERE number = :number "
-                "AND NOT EXISTS (SELECT 1 FROM collection_members WHERE collection = :number)"
-                "AND NOT EXISTS (SELECT 1 FROM collection_changes WHERE collection = :number)",
-                {"number": number},
-            )
+        def forget(transaction: Transaction) -> int:
+            return 0 if is_stopping() else transaction.execute(_FORGET_CHANGES, {"number": number}).rowcount
+
+        shutil.rmtree(self._folder / id, ignore_errors=True)
+        self._database.write_in_steps(remove, rows_per_commit=_MEMBERS_PER_COMMIT)
+        if is_stopping():
+            return
+        self._database.write_in_steps(forget, rows_per_commit=_CHANGES_PER_COMMIT)
+        self._database.execute(
+            "DELETE FROM collections WHERE number = :number "
+            "AND NOT EXISTS (SELECT 1 FROM collection_members WHERE collection = :number)"
+            "AND NOT EXISTS (SELECT 1 FROM collection_changes WHERE collection = :number)",
+            {"number": number},
+        )
 
 
 def _with_labels(connection: sqlite3.Connection, rows: Sequence[sqlite3.Row]) -> builtins.list[MemberRecord]:

@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 
 from provider_image.services.embedding import VECTOR, read_vector
 from store.database import Transaction
+from store.errors import LimitReached
 from store.files import files_from_text
+from store.states import RequestState
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +35,25 @@ log = logging.getLogger(__name__)
 _MAX_ANSWERS = 100
 #: Labels of one member; further ones are not added.
 MAX_LABELS = 64
+#: Collections of one key that an image may be in: all get its vector in the commit that has the answer.
+MAX_COLLECTIONS_OF_IMAGE = 16
 #: How much the length of a vector may differ from 1.
 _LENGTH_TOLERANCE = 1e-3
 
-# An image that has no vector yet takes the request that was sent last. The collection may have been deleted meanwhile.
-_ADD = """
+# An image whose request has ended without a vector takes the new one. A request that waits keeps it: the new one may
+# be part of a batch that is not accepted in the end. The collection may have been deleted meanwhile.
+_ADD = f"""
     INSERT INTO collection_members (collection, request_number, image_sha256)
     SELECT number, ?, ? FROM collections WHERE number = ? AND deleted_at IS NULL
     ON CONFLICT (image_sha256, collection) DO UPDATE SET request_number = excluded.request_number, reason = NULL
-    WHERE sequence IS NULL
+    WHERE sequence IS NULL AND NOT EXISTS (
+        SELECT 1 FROM requests WHERE number = collection_members.request_number
+        AND state IN ('{RequestState.QUEUED}', '{RequestState.CLAIMED}'))
+"""
+
+_COUNT_COLLECTIONS = """
+    SELECT count(*) FROM collection_members JOIN collections ON collections.number = collection
+    WHERE image_sha256 = ? AND key_id IS (SELECT key_id FROM collections WHERE number = ?)
 """
 
 _MEMBER_OF_IMAGE = "SELECT number FROM collection_members WHERE image_sha256 = ? AND collection = ?"
@@ -107,6 +119,10 @@ _FORGET_CHANGE = "DELETE FROM collection_changes WHERE collection = ? AND sequen
 _REMOVE = "DELETE FROM collection_members WHERE number = ?"
 
 
+class TooManyCollections(LimitReached):
+    """This API key has as many collections as it may. Delete one first."""
+
+
 class NewMember(NamedTuple):
     """An image that is about to become a member."""
 
@@ -120,9 +136,17 @@ class NewMember(NamedTuple):
 
 
 def add_members(transaction: Transaction, members: Sequence[NewMember]) -> None:
-    """Add members without a vector. An image that is a member already only gets the labels."""
+    """Add members without a vector. An image that is a member already only gets the labels.
+
+    :raises TooManyCollections: of this image.
+    """
     transaction.execute_many(_ADD, [(one.request_number, one.image_sha256, one.collection) for one in members])
     for one in members:
+        (count,) = transaction.execute(_COUNT_COLLECTIONS, (one.image_sha256, one.collection)).fetchone()
+        if count > MAX_COLLECTIONS_OF_IMAGE:
+            raise TooManyCollections(
+                f"An image can be in {MAX_COLLECTIONS_OF_IMAGE} collections. One of these is in as many already."
+            )
         if one.labels:
             found = transaction.execute(_MEMBER_OF_IMAGE, (one.image_sha256, one.collection)).fetchall()
             for (number,), (name, value) in itertools.product(found, one.labels.items()):

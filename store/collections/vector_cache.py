@@ -45,6 +45,8 @@ EXACT_ROWS = 100_000
 #: found, else the last.
 RESCORED = (1000, 3000, 10_000)
 _ENOUGH = 0.999
+#: At least so many for each one that is asked for.
+_CANDIDATES_OF_EACH = 10
 #: Rows that one step of an update takes, and one of a search: its intermediate results stay in the processor's cache.
 _BLOCK_ROWS, _SEARCH_ROWS = 16_384, 4096
 #: Queries that the recall of the first stage is measured with, and how many of their nearest are looked for.
@@ -168,6 +170,7 @@ class VectorCache:
             is_ahead = state is not None and latest is not None and state.sequence > latest()
             if state is None or is_ahead or state.deleted > max(1000, state.rows // 2):
                 state = self._begin()
+            self._drop_unfinished(state)
             state = self._apply(state, changes_after)
             if makes_bits and self._needs_bits(state):
                 state = self._make_bits(state)
@@ -194,7 +197,8 @@ class VectorCache:
         values = np.frombuffer(query, "<f4")
         with ThreadPoolExecutor(self._threads) as pool:
             if files.bits is not None and len(rows) > self._exact_rows:
-                rows = _nearest_by_bits(files, values, usable, files.rescored, pool)
+                count = max(files.rescored, _CANDIDATES_OF_EACH * k)
+                rows = _nearest_by_bits(files, values, usable, count, pool)
             scores = _scores(files, values, rows, pool)
         best = _largest(scores, k)
         found = zip(files.numbers[rows[best]].tolist(), scores[best].tolist(), strict=True)
@@ -246,18 +250,31 @@ class VectorCache:
         state = self._read_state()
         if state is None:
             return None
-        sizes = {"vectors.f32": 4 * self._dimensions, "numbers.i64": 8}
-        if state.rows_of_mean:
-            sizes[f"bits-{state.rows_of_mean}.u64"] = _bit_bytes(self._dimensions)
+        widths = self._row_bytes(state).items()
         try:
             if not state.rows or all(
-                (self._folder / state.folder / name).stat().st_size >= state.rows * size for name, size in sizes.items()
+                (self._folder / state.folder / name).stat().st_size >= state.rows * width for name, width in widths
             ):
                 return state
         except FileNotFoundError:
             pass
         log.warning("files of the vectors in %s are damaged, they are read again", self._folder)
         return None
+
+    def _row_bytes(self, state: _State) -> dict[str, int]:
+        """Return name of a file with rows -> bytes of one; the numbers, which tell what the others have, come last."""
+        bits = {f"bits-{state.rows_of_mean}.u64": _bit_bytes(self._dimensions)} if state.rows_of_mean else {}
+        return {"vectors.f32": 4 * self._dimensions, **bits, "numbers.i64": 8}
+
+    def _drop_unfinished(self, state: _State) -> None:
+        """Delete what a killed update left: the state does not know it, so later deletions would miss it."""
+        widths = self._row_bytes(state)
+        for path in (self._folder / state.folder).iterdir():
+            if path.name in widths:
+                if path.stat().st_size > state.rows * widths[path.name]:
+                    os.truncate(path, state.rows * widths[path.name])
+            elif path.name != f"mean-{state.rows_of_mean}.f32":
+                path.unlink()
 
     def _write_state(self, state: _State) -> _State:
         draft = self._folder / f"{_STATE}.tmp"
@@ -300,10 +317,7 @@ class VectorCache:
 
         files = _Files(self._folder / state.folder, state)
         rows = np.flatnonzero(np.isin(files.numbers, numbers)).tolist()
-        widths = {"vectors.f32": 4 * self._dimensions, "numbers.i64": 8}
-        if state.rows_of_mean:
-            widths[f"bits-{state.rows_of_mean}.u64"] = _bit_bytes(self._dimensions)
-        for name, width in widths.items():
+        for name, width in self._row_bytes(state).items():
             # -1 is all ones.
             data = (b"\xff" if name == "numbers.i64" else b"\0") * width
             _write(self._folder / state.folder / name, {row * width: data for row in rows})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import itertools
 import random
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -18,14 +21,16 @@ from store.collections import members as members_module
 from store.collections.collections import (
     CollectionExists,
     CollectionRecord,
-    TooManyCollections,
     TooManyMembers,
     UnknownCollection,
     UnknownMember,
 )
+from store.collections.members import TooManyCollections
 from store.collections.vector_cache import VectorCache
+from store.database import Transaction
 from store.files import NewFile
-from store.requests import Answer, NewRequest, RequestRecord
+from store.requests import Answer, NewRequest, RequestRecord, delete_requests, insert_requests, request_row
+from store.rows import to_text
 from store.store import Store
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -236,6 +241,24 @@ def test_vector_that_cannot_be_compared_is_refused_with_the_reason(
     assert search(store, collection, b"dog") == [good.id]
 
 
+def test_request_that_goes_away_takes_no_image_that_waits_for_another(store: Store) -> None:
+    collection = make(store)
+    first = add(store, b"cat", collection)
+
+    def add_and_fail(transaction: Transaction) -> None:
+        insert_requests(transaction, [(new, staged, request_row(new, staged))])
+        delete_requests(transaction, f"id = '{new.id}'", {})
+
+    staged = store.images.stage(b"cat")
+    new = NewRequest(
+        id=new_id(), service="embedding", model=MODEL, digest=DIGEST, collection=collection.number, created_at=NOW
+    )
+    store.database.write(add_and_fail)
+    answer(store)
+
+    assert statuses(store, collection) == {first.id: "ready"}
+
+
 def test_cancelled_image_has_failed(store: Store) -> None:
     collection = make(store)
     store.requests.cancel(add(store, b"cat", collection).id, now=NOW)
@@ -357,6 +380,76 @@ def test_interrupted_removal_is_finished_by_a_purge(store: Store, monkeypatch: p
         assert connection.execute("SELECT sum(collections) FROM requests").fetchone()[0] == 0
 
 
+def test_removal_leaves_other_deleted_collections_to_a_purge(store: Store) -> None:
+    large, small = make(store, "large"), make(store, "small")
+    for collection in (large, small):
+        add(store, b"cat", collection)
+    answer(store)
+    store.database.execute("UPDATE collections SET deleted_at = ? WHERE name = 'large'", (to_text(NOW),))
+
+    store.collections.remove(small, now=NOW)
+
+    left = store.database.rows("SELECT collection FROM collection_members")
+    assert [number for (number,) in left] == [large.number]
+
+
+def test_removal_stops_between_commits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collections_module, "_MEMBERS_PER_COMMIT", 2)
+    collection = make(store)
+    for number in range(5):
+        add(store, b"%d" % number, collection)
+    answer(store)
+    calls = itertools.count()
+    store.database.execute("UPDATE collections SET deleted_at = ?", (to_text(NOW),))
+
+    store.collections.finish_removals(is_stopping=lambda: next(calls) > 0)
+
+    (members,) = store.database.row("SELECT count(*) FROM collection_members")
+    (changes,) = store.database.row("SELECT count(*) FROM collection_changes")
+    assert (members, changes) == (3, 5)
+
+
+def test_collections_that_an_image_is_in_are_limited_for_each_key(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(members_module, "MAX_COLLECTIONS_OF_IMAGE", 2)
+    mine = [make(store, f"c{number}", key_id="k1") for number in range(3)]
+    for collection in mine[:2]:
+        add(store, b"cat", collection, key_id="k1")
+
+    with pytest.raises(TooManyCollections, match="An image can be in 2 collections"):
+        add(store, b"cat", mine[2], key_id="k1")
+
+    add(store, b"cat", mine[0], key_id="k1", labels={"place": "Rome"})
+    add(store, b"dog", mine[2], key_id="k1")
+    add(store, b"cat", make(store, key_id="k2"), key_id="k2")
+    assert store.collections.members(mine[0])[0].labels == {"place": "Rome"}
+    assert [member.image_sha256 for member in store.collections.members(mine[2])] == [
+        hashlib.sha256(b"dog").hexdigest()
+    ]
+
+
+def test_purge_goes_on_if_the_vectors_of_a_collection_cannot_be_written(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    collection = make(store)
+    add(store, b"cat", collection)
+    answer(store)
+    search(store, collection, b"cat")
+    add(store, b"dog", collection)
+    answer(store)
+
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(VectorCache, "update", fail)
+    (before,) = store.database.row("SELECT count(*) FROM changes")
+    store.retention.purge(images_before=NOW, results_before=NOW, now=NOW + timedelta(days=400))
+
+    assert "cannot bring the vectors" in caplog.text
+    assert store.database.row("SELECT count(*) FROM changes")[0] < before
+
+
 def test_name_is_unique_for_a_key_and_found_for_that_key_only(store: Store) -> None:
     mine, other = make(store, key_id="k1"), make(store, key_id="k2")
 
@@ -384,6 +477,13 @@ def test_numbers_of_collections_and_of_members_are_limited(store: Store, monkeyp
     store.collections.check_room(collection, 1)
     with pytest.raises(TooManyMembers):
         store.collections.check_room(collection, 2)
+    answer(store)
+    owl = add(store, b"owl", collection)
+    answer(store)
+    with pytest.raises(TooManyMembers):
+        store.collections.check_room(reread(store, collection), 1)
+    store.collections.remove_member(collection, owl.id)
+    store.collections.check_room(reread(store, collection), 1)
     with pytest.raises(TooManyCollections):
         make(store, "second")
 

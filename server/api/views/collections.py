@@ -60,8 +60,8 @@ _DEFAULT_MATCHES, _DEFAULT_SHOWN, _DEFAULT_THRESHOLD = 10, 12, 0.95
 _DEFAULT_WAIT_SECONDS = 30.0
 #: Bytes of a body with a vector or with ids.
 _MAX_JSON_BYTES = 1024 * 1024
-#: Labels that one search filters by.
-_MAX_FILTERS = 16
+#: Labels that one search filters by. Each may be that of every image.
+_MAX_FILTERS = 4
 _BINARY = {"type": "string", "format": "binary"}
 _K = Field(
     name="k",
@@ -75,7 +75,7 @@ _THRESHOLD = Field(
 )
 _FILTER = Field(
     name="label",
-    help="Only images with this label, as name:value, or as value under any name; may be given several times.",
+    help=f"Only images with this label, as name:value, or as value under any name; at most {_MAX_FILTERS} times.",
     schema={"type": "array", "items": {"type": "string"}},
 )
 _COUNT = Field(

@@ -221,6 +221,8 @@ def test_threshold_and_labels_limit_what_is_found(
     assert set(names(search(client, "?threshold=0.995", json=vector))) == {"50.png", "55.png", "60.png"}
     assert names(search(client, "?label=place:Oslo", json=vector)) == ["55.png"]
     assert names(search(client, "?label=Oslo", json=vector)) == ["55.png"]
+    assert names(search(client, "?" + "label=Oslo&" * 4, json=vector)) == ["55.png"]
+    assert search(client, "?" + "label=Oslo&" * 5, json=vector).status_code == 400
     assert names(search(client, "?label=shade_60", json=vector)) == ["60.png"]
     assert names(search(client, "?label=shade_60&label=place:Rome", json=vector)) == ["60.png"]
     assert names(search(client, "?label=shade_60&label=place:Oslo", json=vector)) == []

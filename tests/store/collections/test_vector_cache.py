@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from store.collections import vector_cache
 from store.collections.vector_cache import Match, VectorCache, VectorChange
 
 DIMENSIONS = 70
@@ -177,6 +181,17 @@ def test_more_are_compared_exactly_until_enough_is_found(tmp_path: Path, rows: R
     assert numbers_of(chosen.search(query.tobytes(), 10)) == rows.nearest(query, 10)
 
 
+def test_many_nearest_are_found_in_two_stages_too(tmp_path: Path, rows: Rows) -> None:
+    cache = VectorCache(tmp_path / "cache", DIMENSIONS, exact_rows=100, rescored=[20])
+    rows.add(features(3000))
+    cache.update(rows.after)
+
+    query = features(1, seed=4)[0]
+    found = numbers_of(cache.search(query.tobytes(), 20))
+
+    assert len(set(found) & set(rows.nearest(query, 20))) >= 18
+
+
 def test_vectors_added_after_the_bits_were_made_are_found(tmp_path: Path, rows: Rows) -> None:
     cache = VectorCache(tmp_path / "cache", DIMENSIONS, exact_rows=1000)
     rows.add(features(2000))
@@ -323,3 +338,38 @@ def test_killed_before_every_write_the_next_update_is_complete(tmp_path: Path) -
     cache = VectorCache(tmp_path / "cache", DIMENSIONS, exact_rows=10_000)
     query = features(1, seed=6)[0]
     assert numbers_of(cache.search(query.tobytes(), 600)) == rows.nearest(query, 600)
+
+
+@pytest.mark.parametrize(
+    ("is_deleting", "failing"), [*((False, call) for call in range(2, 7)), *((True, call) for call in range(4, 8))]
+)
+def test_what_is_deleted_around_a_failed_update_is_not_in_the_files(
+    tmp_path: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch, is_deleting: bool, failing: int
+) -> None:
+    folder, (*_, last) = tmp_path / "cache", rows.add(features(30))
+    secret = rows.vectors[last]
+    if is_deleting:
+        VectorCache(folder, DIMENSIONS, exact_rows=10).update(rows.after)
+        rows.delete(last)
+    calls = itertools.count(1)
+
+    def failing_once(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            if next(calls) == failing:
+                raise OSError
+            return call(*arguments)
+
+        return counted
+
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(vector_cache, "_write", failing_once(vector_cache._write))
+        patched.setattr(VectorCache, "_write_state", failing_once(VectorCache._write_state))
+        VectorCache(folder, DIMENSIONS, exact_rows=10).update(rows.after)
+    if not is_deleting:
+        rows.delete(last)
+    VectorCache(folder, DIMENSIONS, exact_rows=10).update(rows.after)
+
+    assert all(secret.tobytes() not in path.read_bytes() for path in folder.rglob("*.f32"))
+    (bits,), (mean,) = folder.rglob("bits-*"), folder.rglob("mean-*")
+    of_secret = vector_cache._to_bits((secret - np.fromfile(mean, "<f4"))[None]).tobytes()
+    assert of_secret not in bits.read_bytes()
