@@ -40,7 +40,7 @@ RECIPE = "keras-file-1"
 #: Kind of file -> "module:function" of its builder.
 BUILDERS = {
     "keras": "provider_image.compiler.custom:build",
-    "onnx": "provider_image.compiler.onnx_model:build",
+    "onnx": "provider_image.compiler.onnx_models.builder:build",
     "huggingface": "provider_image.compiler.transformers.builder:build_custom",
 }
 #: Values of --preprocessing.

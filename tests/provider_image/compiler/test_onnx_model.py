@@ -17,7 +17,7 @@ from provider_image.backends.onnxruntime import OnnxruntimeNet
 from provider_image.check import check_model
 from provider_image.compiler import confined, embedding, onnx_model
 from provider_image.compiler.custom import CustomModel
-from provider_image.compiler.onnx_file import MAX_OPSET, MIN_OPSET
+from provider_image.compiler.onnx_models.file import MAX_OPSET, MIN_OPSET
 from provider_image.errors import (
     BrokenArtefact,
     CompilationFailed,
@@ -404,7 +404,9 @@ def test_a_small_file_that_takes_much_memory_ends_with_its_process(tmp_path: Pat
     custom = CustomModel(name="pets", kind="onnx", file=file, labels=tmp_path / "labels.txt")
 
     with pytest.raises(ModelError) as caught:
-        confined.build("provider_image.compiler.onnx_model:build", tmp_path / "models", "pets", custom, max_bytes=2**31)
+        confined.build(
+            "provider_image.compiler.onnx_models.builder:build", tmp_path / "models", "pets", custom, max_bytes=2**31
+        )
 
     assert not isinstance(caught.value, UnsafeModelFile)
     assert [path.name for path in (tmp_path / "models").iterdir()] == [".pets.lock"]

@@ -27,7 +27,7 @@ from provider_image.compiler.custom import (
 from provider_image.compiler.installing import build_folder
 from provider_image.compiler.keras_graph import preprocess
 from provider_image.compiler.labels import read_labels
-from provider_image.compiler.onnx_file import check_onnx_file, check_shapes, import_onnx, missing
+from provider_image.compiler.onnx_models.file import check_onnx_file, check_shapes, import_onnx, missing
 from provider_image.compiler.self_test import self_test_images
 from provider_image.compiler.verification import install_as_it_is, verify_and_install
 from provider_image.errors import CompilationFailed, ConfigError, InferenceFailed, UnsuitableModel
