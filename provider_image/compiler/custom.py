@@ -2,7 +2,7 @@
 
 Called by `mlg models compile NAME --keras FILE --labels FILE`. The file is checked before Keras loads it
 (`keras_file.py`); this module decides whether it is a classifier of one image and what its output means. The
-builders of other files (`onnx_model.py`, `transformers/builder.py`) share those decisions.
+builders of other files (`onnx_models/builder.py`, `transformers/builder.py`) share those decisions.
 """
 
 from __future__ import annotations

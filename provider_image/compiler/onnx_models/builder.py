@@ -1,7 +1,7 @@
 """The builder of custom models that were saved as ONNX files.
 
 Called by `mlg models compile NAME --onnx FILE --labels FILE`; needs the extra `[onnx]`. The file is checked and copied
-(`onnx_file.py`); what describes a custom model, and what its output means, is decided as for Keras (`custom.py`). The
+(`file.py`); what describes a custom model, and what its output means, is decided as for Keras (`custom.py`). The
 preprocessing and the head become operations of ONNX around the network. OpenVINO converts that; where it cannot, or
 where it gives other results than onnxruntime, the artefact is for the backend `onnxruntime`.
 """
