@@ -12,7 +12,6 @@ import contextlib
 import os
 import shutil
 import tempfile
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +22,7 @@ from flask import Request
 
 from provider_image.compiler.versions import UnknownVersion, remove_model, remove_version, use_version
 from provider_image.errors import InvalidParams, MalformedRequest, MlgError, TooManyBytes
+from provider_image.features.normal_form import normalise
 from provider_image.features.text import SEGMENTERS
 from provider_image.models.artefact import installed_digest, is_model_name
 from provider_image.models.catalogue import EMBEDDING_SUFFIX, look_up
@@ -269,7 +269,7 @@ class TrainingIntake:
                 path = Path(name, "table.csv")
                 path.symlink_to(f"/proc/self/fd/{file.fileno()}")
                 rows = read_csv(path, ExampleLimits())
-                header = [unicodedata.normalize("NFC", column) for column in next(rows)]
+                header = [normalise(column) for column in next(rows)]
                 for column in (options.target, options.text):
                     if column is not None:
                         find_column(header, column)
