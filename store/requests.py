@@ -179,10 +179,9 @@ _BACKLOG = """
     ) AS backlog LEFT JOIN requests ON requests.number = oldest_number ORDER BY backlog.model
 """
 
-# The latest of each comes last.
 _REPLACEMENTS = """
-    SELECT replaces, id, model FROM requests INDEXED BY requests_replaces
-    WHERE replaces IN (SELECT value FROM json_each(?)) AND state = 'done' ORDER BY number
+    SELECT number, replaces, id, model FROM requests INDEXED BY requests_replaces
+    WHERE replaces IN (SELECT value FROM json_each(?)) AND state = 'done'
 """
 
 _REPLACED_BY_MODEL = """
@@ -429,9 +428,11 @@ def read_requests(connection: sqlite3.Connection, rows: Sequence[Any]) -> list[R
     """Build request records, each with its share of its chunk's cost, and what has answered it again."""
     chunks: dict[str, Any] = {}
     requests = []
+    found = connection.execute(_REPLACEMENTS, (json.dumps([row["id"] for row in rows]),)).fetchall()
+    # The latest of each comes last.
     replacements = {
-        found["replaces"]: Replacement(id=found["id"], model=found["model"])
-        for found in connection.execute(_REPLACEMENTS, (json.dumps([row["id"] for row in rows]),))
+        one["replaces"]: Replacement(id=one["id"], model=one["model"])
+        for one in sorted(found, key=lambda one: int(one["number"]))
     }
     for row in rows:
         share, chunk_id = row["share"], row["chunk_id"]
