@@ -26,6 +26,7 @@ from server.auth.memory import RequestMemory
 from server.context import Context, Views
 from server.pages.api_reference import ApiReferenceViews
 from server.pages.batches import BatchPageViews
+from server.pages.collections import CollectionPageViews
 from server.pages.home import HomeViews
 from server.pages.login import LoginViews
 from server.pages.operator import OperatorPageViews
@@ -51,6 +52,7 @@ VIEWS: tuple[type[Views], ...] = (
     HomeViews,
     RequestPageViews,
     BatchPageViews,
+    CollectionPageViews,
     TrainingPageViews,
     OperatorPageViews,
     ApiReferenceViews,

@@ -19,7 +19,7 @@ from provider_image.service import check_params, primary_input
 from provider_image.services import REGISTRY, load_service
 from server.record_json import fields, given_fields
 from server.status.eta import WaitEstimate
-from store.batches import BatchProgress
+from store.batches import BatchProgress, BatchRecord
 from store.clients.webhooks import DeliveryRecord
 from store.requests import RequestRecord
 from store.states import RequestState
@@ -89,13 +89,13 @@ def unknown_below(models: Path, request: RequestRecord) -> float:
     return artefact.unknown_below if artefact.digest == request.digest else 0.0
 
 
-def input_kind(request: RequestRecord) -> str | None:
-    """Return the kind of the first input of a request; None if its service is not installed."""
+def input_kind(request: RequestRecord | BatchRecord) -> str | None:
+    """Return the kind of the first input of a request, or of those of a batch; None if its service is not installed."""
     return _input_kind(request.service) if request.service in REGISTRY else None
 
 
-def is_image(request: RequestRecord) -> bool:
-    """Tell whether the first input of a request is an image."""
+def is_image(request: RequestRecord | BatchRecord) -> bool:
+    """Tell whether the first input of a request, or of those of a batch, is an image."""
     return input_kind(request) == "image"
 
 

@@ -55,7 +55,9 @@ from store.states import RequestState
 DEFAULT_MODEL = "efficientnet_lite0_embedding"
 #: Images that one search returns, and one group shows.
 MAX_MATCHES, MAX_SHOWN = 1000, 1000
-_DEFAULT_MATCHES, _DEFAULT_SHOWN, _DEFAULT_THRESHOLD = 10, 12, 0.95
+_DEFAULT_MATCHES, _DEFAULT_SHOWN = 10, 12
+#: Similarity of near-duplicates.
+DEFAULT_THRESHOLD = 0.95
 #: Seconds that a search by image is held if the client says nothing else.
 _DEFAULT_WAIT_SECONDS = 30.0
 #: Bytes of a body with a vector or with ids.
@@ -130,13 +132,7 @@ class CollectionViews(Views):
         name, model = given.get("name"), given.get("model", DEFAULT_MODEL)
         if not isinstance(name, str) or not isinstance(model, str):
             raise InvalidParams("`name` and `model` take a text.")
-        row = find_row(self._context.settings.models, model)
-        if row.service != Embedding.name:
-            raise InvalidParams(
-                f"The model {row.name} returns no vectors. A collection takes a model whose service is "
-                f"{Embedding.name}, see GET /models."
-            )
-        new = CollectionRecord(id=new_id(), name=name, key_id=current_key_id(), model=row.name, created_at=self._now())
+        new = self.new_collection(name, model)
         return self._context.repetitions.once(
             digest,
             lambda: json_response(
@@ -145,6 +141,16 @@ class CollectionViews(Views):
                 {"Location": f"/collections/{new.name}"},
             ),
         )
+
+    def new_collection(self, name: str, model: str) -> CollectionRecord:
+        """Return a collection of the caller's that is not added yet. :raises InvalidParams: :raises UnknownModel:"""
+        row = find_row(self._context.settings.models, model)
+        if row.service != Embedding.name:
+            raise InvalidParams(
+                f"The model {row.name} returns no vectors. A collection takes a model whose service is "
+                f"{Embedding.name}, see GET /models."
+            )
+        return CollectionRecord(id=new_id(), name=name, key_id=current_key_id(), model=row.name, created_at=self._now())
 
     @_operation(
         "GET /collections", "List collections, newest first", Scope.READ, returns="Collections", query=(CURSOR, LIMIT)
@@ -212,10 +218,7 @@ class CollectionViews(Views):
         202 when all that are accepted are durable. An image is a member once it has its vector; one that is a member
         already is not added again, but gets the labels.
         """
-        collection = self._get_collection(name)
-        if collection.key_id != current_key_id():
-            raise AccessRefused("Only the API key that a collection belongs to can add images to it.")
-        self._store.collections.check_room(collection, 1)
+        collection = self.get_own_collection(name)
         if flask.request.mimetype == "application/json":
             query = query_fields(flask.request, repeatable="label")
             check_names(query, ())
@@ -225,6 +228,17 @@ class CollectionViews(Views):
         with self._context.intake.read_batch(flask.request, collection.model) as received:
             return self._context.repetitions.once(received.digest, lambda: self._add(collection, received))
 
+    def get_own_collection(self, name: str) -> CollectionRecord:
+        """Return a collection that the caller may add images to.
+
+        :raises UnknownCollection: :raises AccessRefused: it belongs to another key. :raises TooManyMembers:
+        """
+        collection = self._get_collection(name)
+        if collection.key_id != current_key_id():
+            raise AccessRefused("Only the API key that a collection belongs to can add images to it.")
+        self._store.collections.check_room(collection, 1)
+        return collection
+
     def _add(self, collection: CollectionRecord, received: ReceivedBatch) -> flask.Response:
         batch, items = self._context.intake.add_batch(received, collection)
         return _added(collection, batch, [show_item(item) for item in items])
@@ -232,6 +246,16 @@ class CollectionViews(Views):
     def _add_stored(
         self, collection: CollectionRecord, given: Mapping[str, Any], labels: Mapping[str, str]
     ) -> flask.Response:
+        return _added(collection, *self.add_stored(collection, given, labels))
+
+    def add_stored(
+        self, collection: CollectionRecord, given: Mapping[str, Any], labels: Mapping[str, str]
+    ) -> tuple[BatchRecord | None, list[dict[str, Any]]]:
+        """Add the images of requests.
+
+        :param given: `{"req_ids": [...]}` or `{"batch_id": ...}`.
+        :return: the batch of those that had no vector, and the JSON of each.
+        """
         ids = self._read_ids(given)
         self._store.collections.check_room(collection, len(ids))
         known: list[RequestRecord] = []
@@ -250,7 +274,7 @@ class CollectionViews(Views):
             batch, items = self._context.intake.add_stored_batch(others, collection, labels=labels)
             by_id = {item.item.client_id: show_item(item) for item in items}
             shown = [{**entry, **by_id.get(entry["client_id"], {}), "position": entry["position"]} for entry in shown]
-        return _added(collection, batch, shown)
+        return batch, shown
 
     def _read_ids(self, given: Mapping[str, Any]) -> list[str]:
         """Return the ids in a body, each once. :raises MalformedRequest: :raises UnknownBatch:"""
@@ -277,7 +301,7 @@ class CollectionViews(Views):
         page = PageQuery.from_request(flask.request, self._cursors(f"collection {collection.id}"))
         found = self._store.collections.members(collection, before=page.before, limit=page.limit + 1)
         last = found[page.limit - 1].number if len(found) > page.limit else None
-        shown = [_serialize_member(member) for member in found[: page.limit]]
+        shown = [serialize_member(member) for member in found[: page.limit]]
         return json_response({"success": True, "images": shown, "next": page.next_cursor(last)})
 
     @_operation(
@@ -361,14 +385,20 @@ class CollectionViews(Views):
             status_url = f"/readPrediction/{request.id}"
             shown = {"req_id": request.id, "status": request.status, "status_url": status_url, "model": request.model}
             return json_response({"success": True, **shown, "cached": False}, 202, {"Location": status_url})
+        collection = self._get_collection(collection.id)  # it may have got its first vector meanwhile
+        return self._found(collection, query, self.read_answer(collection, request), request=request)
+
+    def read_answer(self, collection: CollectionRecord, request: RequestRecord) -> bytes:
+        """Read the vector that an ended request was answered with.
+
+        :raises NotEmbedded: :raises ModelChanged: :raises ImageGone:
+        """
         if request.state is not RequestState.DONE or VECTOR not in request.files:
             raise NotEmbedded(f"There is no vector of the image: {request.reason or request.status}")
-        collection = self._get_collection(collection.id)  # it may have got its first vector meanwhile
         if collection.digest not in (None, request.digest):
             raise ModelChanged()
         file = request.files[VECTOR]
-        vector = self._context.read_stored(file.sha256, file.size_bytes)
-        return self._found(collection, query, vector, request=request)
+        return self._context.read_stored(file.sha256, file.size_bytes)
 
     def _found(
         self,
@@ -393,7 +423,7 @@ class CollectionViews(Views):
                 "success": True,
                 "collection": collection.name,
                 "req_id": None if request is None else request.id,
-                "matches": [{**_serialize_member(member), "score": round(score, 6)} for member, score in found.matches],
+                "matches": [{**serialize_member(member), "score": round(score, 6)} for member, score in found.matches],
                 "recall": found.recall,
             }
         )
@@ -404,7 +434,7 @@ class CollectionViews(Views):
         Scope.READ,
         returns="Groups",
         query=(
-            Field(**{**vars(_THRESHOLD), "schema": {**_THRESHOLD.schema, "default": _DEFAULT_THRESHOLD}}),
+            Field(**{**vars(_THRESHOLD), "schema": {**_THRESHOLD.schema, "default": DEFAULT_THRESHOLD}}),
             limit_field(MAX_SHOWN),
             _SHOWN,
         ),
@@ -417,7 +447,7 @@ class CollectionViews(Views):
         """
         given = read_query(flask.request, "threshold", "limit", "images")
         limit, shown = _parse_sizes(given)
-        threshold = _parse_threshold(given.get("threshold", str(_DEFAULT_THRESHOLD)))
+        threshold = parse_threshold(given.get("threshold", str(DEFAULT_THRESHOLD)))
         collection = self._get_collection(name)
         found = self._context.similarity.near_duplicates(collection, threshold, client=current_key_id())
         return self._groups(collection, found, limit, shown)
@@ -436,7 +466,7 @@ class CollectionViews(Views):
         """
         given = read_query(flask.request, "count", "limit", "images")
         limit, shown = _parse_sizes(given)
-        count = None if "count" not in given else _parse_whole("count", given["count"], MAX_GROUPS)
+        count = None if "count" not in given else parse_whole("count", given["count"], MAX_GROUPS)
         collection = self._get_collection(name)
         return self._groups(
             collection, self._context.similarity.groups(collection, count, client=current_key_id()), limit, shown
@@ -452,7 +482,7 @@ class CollectionViews(Views):
                 "success": True,
                 "collection": collection.name,
                 "total": len(groups),
-                "groups": [_serialize_group(group, members, shown) for group in groups[:limit]],
+                "groups": [serialize_group(group, members, shown) for group in groups[:limit]],
             }
         )
 
@@ -473,13 +503,12 @@ class CollectionViews(Views):
         most = self._context.settings.max_hold_seconds
         labels: list[tuple[str | None, str]] = []
         for text in flask.request.args.getlist("label")[: _MAX_FILTERS + 1]:
-            name, colon, value = text.partition(":")
-            labels.append((name, value) if colon else (None, text))
+            labels.append(parse_filter(text))
         if len(labels) > _MAX_FILTERS:
             raise InvalidParams(f"A search takes at most {_MAX_FILTERS} labels.")
         return _SearchQuery(
-            k=_DEFAULT_MATCHES if k is None else _parse_whole("k", k, MAX_MATCHES),
-            threshold=_parse_threshold(given.get("threshold", "-1")),
+            k=_DEFAULT_MATCHES if k is None else parse_whole("k", k, MAX_MATCHES),
+            threshold=parse_threshold(given.get("threshold", "-1")),
             labels=labels,
             wait_seconds=min(_DEFAULT_WAIT_SECONDS, most)
             if "wait" not in given
@@ -508,7 +537,14 @@ def _added(
     )
 
 
-def _serialize_member(member: MemberRecord) -> dict[str, Any]:
+def parse_filter(text: str) -> tuple[str | None, str]:
+    """Read the label that a search filters by: its name, None for any, and its value."""
+    name, colon, value = text.partition(":")
+    return (name, value) if colon else (None, text)
+
+
+def serialize_member(member: MemberRecord) -> dict[str, Any]:
+    """Return the JSON of an image of a collection."""
     return {
         "req_id": member.id,
         **fields(member, "name status labels created_at"),
@@ -517,9 +553,10 @@ def _serialize_member(member: MemberRecord) -> dict[str, Any]:
     }
 
 
-def _serialize_group(group: Group, members: Mapping[int, MemberRecord], shown: int) -> dict[str, Any]:
+def serialize_group(group: Group, members: Mapping[int, MemberRecord], shown: int) -> dict[str, Any]:
+    """Return the JSON of a group. :param members: its first ones. :param shown: how many of them are listed."""
     found = zip(group.numbers[:shown], group.scores[:shown], strict=True)
-    images = [{**_serialize_member(members[number]), "score": score} for number, score in found if number in members]
+    images = [{**serialize_member(members[number]), "score": score} for number, score in found if number in members]
     labels = Counter(value for image in images for value in image["labels"].values())
     return {"size": len(group.numbers), "label": labels.most_common(1)[0][0] if labels else None, "images": images}
 
@@ -528,17 +565,19 @@ def _parse_sizes(given: Mapping[str, str]) -> tuple[int, int]:
     """Read how many groups are listed, and how many images of each."""
     shown = given.get("images")
     return parse_limit(given.get("limit"), MAX_SHOWN), (
-        _DEFAULT_SHOWN if shown is None else _parse_whole("images", shown, MAX_SHOWN)
+        _DEFAULT_SHOWN if shown is None else parse_whole("images", shown, MAX_SHOWN)
     )
 
 
-def _parse_whole(name: str, text: str, most: int) -> int:
+def parse_whole(name: str, text: str, most: int) -> int:
+    """Read a whole number from 1. :raises InvalidParams:"""
     if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= most):
         raise InvalidParams(f"{name} takes a whole number from 1 to {most}.")
     return int(text)
 
 
-def _parse_threshold(text: str) -> float:
+def parse_threshold(text: str) -> float:
+    """Read a similarity. :raises InvalidParams:"""
     try:
         value = float(text)
     except ValueError:

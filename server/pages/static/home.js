@@ -1,9 +1,9 @@
 // The home page: sends images that are chosen, dropped or pasted, and shows each result when it arrives.
 
 import { announce, pause } from "./page.js";
+import { acceptFiles, resizeIfTooLarge } from "./upload.js";
 
 const MAX_UPLOADS = 4; // at once; browsers open six connections to a host
-const MAX_SIDE = 2048; // pixels of an image that had to be resized; models need far fewer
 
 const form = document.getElementById("send");
 const dropZone = document.getElementById("drop");
@@ -30,10 +30,6 @@ function chosenModel() {
 
 // Adding images
 
-fileInput.addEventListener("change", () => {
-  addFiles(fileInput.files);
-  fileInput.value = "";
-});
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   addFiles(fileInput.files);
@@ -45,31 +41,7 @@ form.addEventListener("change", () => {
     `curl '${base}/readPrediction/REQ_ID?wait=30'`;
 });
 
-let dragDepth = 0; // dragenter and dragleave are also fired for the elements inside
-const hasFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
-addEventListener("dragenter", (event) => {
-  if (!hasFiles(event)) return;
-  event.preventDefault();
-  dragDepth += 1;
-  dropZone.classList.add("drag-over");
-});
-addEventListener("dragover", (event) => {
-  if (hasFiles(event)) event.preventDefault();
-});
-addEventListener("dragleave", () => {
-  dragDepth = Math.max(0, dragDepth - 1);
-  if (!dragDepth) dropZone.classList.remove("drag-over");
-});
-addEventListener("drop", (event) => {
-  dragDepth = 0;
-  dropZone.classList.remove("drag-over");
-  if (!hasFiles(event)) return;
-  event.preventDefault(); // the browser would open the image instead of the page
-  addFiles(event.dataTransfer.files);
-});
-addEventListener("paste", (event) => {
-  if (event.clipboardData?.files.length) addFiles(event.clipboardData.files);
-});
+acceptFiles(dropZone, addFiles, { area: window, takesPaste: true });
 
 function addFiles(files) {
   const model = chosenModel();
@@ -125,7 +97,7 @@ async function upload(card) {
   let answer;
   try {
     const body = new FormData();
-    body.append("image", await resizeIfTooLarge(card.file), card.file.name || "pasted.png");
+    body.append("image", await resizeIfTooLarge(card.file, maxBytes), card.file.name || "pasted.png");
     const response = await fetch(`/requestPrediction/${encodeURIComponent(card.model)}`, { method: "POST", body });
     answer = await response.json();
   } catch {
@@ -146,29 +118,6 @@ async function upload(card) {
   watched.set(card.id, card);
   watch();
   refresh(card, 0);
-}
-
-/** Resize an image whose file is larger than the server accepts, as photos of phones often are. */
-async function resizeIfTooLarge(file) {
-  if (file.size <= maxBytes) return file;
-  try {
-    const image = await createImageBitmap(file);
-    for (let side = MAX_SIDE; side >= 512; side /= 2) {
-      const scale = Math.min(1, side / Math.max(image.width, image.height));
-      const canvas = document.createElement("canvas");
-      canvas.width = Math.max(1, Math.round(image.width * scale));
-      canvas.height = Math.max(1, Math.round(image.height * scale));
-      const context = canvas.getContext("2d");
-      context.fillStyle = "#fff"; // the server replaces transparency by white too
-      context.fillRect(0, 0, canvas.width, canvas.height);
-      context.drawImage(image, 0, 0, canvas.width, canvas.height);
-      const blob = await new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.92));
-      if (blob && blob.size <= maxBytes) return blob;
-    }
-  } catch {
-    return file; // not an image that this browser can decode; the server's error explains why
-  }
-  return file;
 }
 
 // Results
@@ -362,6 +311,7 @@ function finish(card, state, label, answer) {
   watched.delete(card.id);
   card.buttons.replaceChildren();
   setState(card, state, label);
+  if (state === "done") showSimilar(card);
   finished += 1;
   updateCounter();
   const best = answer?.preds?.[0];
@@ -401,6 +351,14 @@ function showButton(card, label, onClick) {
     onClick();
   });
   card.buttons.replaceChildren(button);
+}
+
+function showSimilar(card) {
+  const link = document.createElement("a");
+  link.href = `/ui/requests/${card.id}/similar`;
+  link.textContent = "More like this";
+  link.setAttribute("aria-label", `More like this: ${card.name.textContent}`);
+  card.buttons.replaceChildren(link);
 }
 
 function updateCounter() {

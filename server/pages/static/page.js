@@ -73,6 +73,23 @@ function update(html, ids) {
   }
 }
 
+/** Update elements from a newer copy of the page, and follow those that have become live. */
+function show(html, ids) {
+  const live = [...document.querySelectorAll("[data-live][id]")].map((element) => element.id);
+  update(html, ids);
+  for (const { id } of document.querySelectorAll("[data-live][id]")) if (!live.includes(id)) keepLive(id);
+}
+
+/** Update an element from the server now. */
+export async function refresh(id) {
+  try {
+    const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
+    if (answer.ok) show(await answer.text(), [id]);
+  } catch {
+    announce("The server cannot be reached.");
+  }
+}
+
 /** Make one element equal to another by changing only the differences: images do not flicker, the focus stays. */
 function merge(old, next) {
   if (old.nodeType !== next.nodeType || old.nodeName !== next.nodeName) {
@@ -163,9 +180,7 @@ document.addEventListener("submit", async (event) => {
       location.assign(answer.url);
       return;
     }
-    const live = [...document.querySelectorAll("[data-live][id]")].map((element) => element.id);
-    update(await answer.text(), ["main"]);
-    for (const { id } of document.querySelectorAll("[data-live][id]")) if (!live.includes(id)) keepLive(id);
+    show(await answer.text(), ["main"]);
     const main = document.getElementById("main");
     if (document.activeElement === document.body) main.focus();
     announce(main.querySelector("[role=alert], .state")?.textContent ?? "Done.");

@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import threading
 import zipfile
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import flask.testing
 import numpy as np
 import pytest
-from PIL import Image
 
-from provider_image.models.artefact import find_artefact
 from server import similarity
 from server.app import create_app, get_context
 from server.settings import ServerSettings
 from store.clients.keys import KeyRecord, Scope, hash_key, make_key
-from store.files import NewFile
-from store.requests import Answer
 from store.store import Store
+from tests.embeddings import DIMENSIONS, MODEL, answer_embeddings, make_image, vector_of
 from tests.server.api.test_openapi import check
 from tests.timing import wait_until
 
-MODEL = "efficientnet_lite0_embedding"
-DIMENSIONS = 16
 Client = flask.testing.FlaskClient
-
-
-def make_image(shade: int) -> bytes:
-    """A PNG of one pixel."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (1, 1), (shade % 256, shade // 256, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def vector_of(shade: int) -> np.ndarray:
-    """A unit vector; near shades have similar ones."""
-    angle = shade / 100
-    values = np.zeros(DIMENSIONS)
-    values[:2] = np.cos(angle), np.sin(angle)
-    return values.astype("<f4")
 
 
 @pytest.fixture
@@ -58,28 +39,7 @@ def settings(tmp_path: Path, embedding_models_folder: Path) -> ServerSettings:
 @pytest.fixture
 def embed(store: Store, settings: ServerSettings) -> Callable[..., int]:
     """Answer everything that is queued, as a batcher would; the vector of an image follows from its pixel."""
-    digest = find_artefact(settings.models, MODEL).digest
-
-    def answer(**facts: Any) -> int:
-        now = datetime.now(UTC)
-        claims = store.requests.claim(
-            models=[MODEL, "efficientnet_lite0"],
-            limit=100,
-            now=now,
-            lease_ends_at=now + timedelta(seconds=30),
-            oldest_before=None,
-        )
-        answers = []
-        for claim in claims:
-            red, green, _ = Image.open(io.BytesIO(store.images.read(claim.image_sha256))).getpixel((0, 0))
-            file = NewFile(data=vector_of(red + 256 * green).tobytes(), media_type="application/octet-stream")
-            is_vector = claim.model == MODEL
-            output: Any = {"dimensions": DIMENSIONS} if is_vector else [["n1", f"shade_{red}", 0.9]]
-            values = {"digest": digest, "chunk_id": "c", "provider": "local", "seconds": 0.01, **facts}
-            answers.append(Answer(claim=claim, output=output, files={"vector": file} if is_vector else {}, **values))
-        return store.requests.finish(answers, now=now)
-
-    return answer
+    return functools.partial(answer_embeddings, store, settings.models)
 
 
 def add(client: Client, *shades: int, name: str = "holiday", query: str = "", **more: Any) -> Any:

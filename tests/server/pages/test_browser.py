@@ -33,12 +33,12 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def running_system(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Iterator[System]:
-    """A running server and batcher with the starter model."""
+def running_system(tmp_path_factory: pytest.TempPathFactory, embedding_models_folder: Path) -> Iterator[System]:
+    """A running server and batcher with the starter model and its embedding."""
     find_chromium()
     home = tmp_path_factory.mktemp("up") / "home"
     home.mkdir()
-    (home / "models").symlink_to(models_folder)
+    (home / "models").symlink_to(embedding_models_folder)
     system = System(home, MLG_WORKERS="1")
     yield system
     system.stop()
@@ -101,6 +101,23 @@ def finished_batch(running_system: System, photos: dict[str, bytes]) -> str:
     return id
 
 
+@pytest.fixture(scope="module")
+def collection(running_system: System, photos: dict[str, bytes]) -> str:
+    """The page of a collection of two versions of each photo, all with vectors."""
+    import httpx
+
+    files = [
+        ("image", (f"{name}-{number}.jpg", data if number == 1 else variant(data, 300), "image/jpeg"))
+        for name, data in photos.items()
+        for number in (1, 2)
+    ]
+    httpx.post(f"{running_system.base}/collections", json={"name": "photos"}, timeout=30).raise_for_status()
+    url = f"{running_system.base}/collections/photos/images?label=place:Rome"
+    for item in httpx.post(url, files=files, timeout=30).json()["items"]:
+        assert running_system.read(item["req_id"])["status"] == "done"
+    return "/ui/collections/photos"
+
+
 def upload_file(name: str, data: bytes, kind: str = "image/jpeg") -> dict[str, Any]:
     return {"name": name, "mimeType": kind, "buffer": data}
 
@@ -111,12 +128,14 @@ def expect_count(page: Any, selector: str, count: int) -> None:
     expect(page.locator(selector)).to_have_count(count, timeout=15_000)
 
 
-#: Creates a file in the page and dispatches the events of a drop or a paste.
-DROP_OR_PASTE_SCRIPT = """([way, name, data]) => {
-    const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+#: Creates files in the page and dispatches the events of a drop or a paste.
+DROP_OR_PASTE_SCRIPT = """([way, selector, files]) => {
     const transfer = new DataTransfer();
-    transfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
-    const target = document.getElementById("drop");
+    for (const [name, data] of files) {
+        const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+        transfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
+    }
+    const target = document.querySelector(selector);
     const options = { bubbles: true, cancelable: true };
     if (way === "paste") {
         target.dispatchEvent(new ClipboardEvent("paste", { ...options, clipboardData: transfer }));
@@ -129,6 +148,13 @@ DROP_OR_PASTE_SCRIPT = """([way, name, data]) => {
     target.dispatchEvent(new DragEvent("drop", { ...options, dataTransfer: transfer }));
     return isMarked && !target.classList.contains("drag-over");
 }"""
+
+
+def drop_or_paste(page: Any, way: str, selector: str, files: dict[str, bytes]) -> bool:
+    """Drop or paste files; return whether the target was marked while they were over it."""
+    encoded = [(name, base64.b64encode(data).decode()) for name, data in files.items()]
+    marked: bool = page.evaluate(DROP_OR_PASTE_SCRIPT, [way, selector, encoded])
+    return marked
 
 
 def test_chosen_dropped_and_pasted_images_get_live_results(
@@ -145,8 +171,7 @@ def test_chosen_dropped_and_pasted_images_get_live_results(
         page.wait_for_selector(".answer:nth-child(2) .state.done")
         session.save_screenshot("home")
         for way in ("drop", "paste"):
-            data = base64.b64encode(variant(photos["rocket"], len(way))).decode()
-            assert page.evaluate(DROP_OR_PASTE_SCRIPT, [way, f"{way}.jpg", data])
+            assert drop_or_paste(page, way, "#drop", {f"{way}.jpg": variant(photos["rocket"], len(way))})
         page.wait_for_selector(".answer:nth-child(4) .state.done")
         expect_count(page, ".answer .state.done", 4)
 
@@ -345,7 +370,12 @@ def test_home_works_with_the_keyboard_only(browser: Any, running_system: System,
 
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])
 def test_every_page_is_accessible_and_fits_the_screen(
-    browser: Any, running_system: System, answered_requests: dict[str, str], finished_batch: str, look: str
+    browser: Any,
+    running_system: System,
+    answered_requests: dict[str, str],
+    finished_batch: str,
+    collection: str,
+    look: str,
 ) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
@@ -364,6 +394,13 @@ def test_every_page_is_accessible_and_fits_the_screen(
             ("request", f"/ui/requests/{answered_requests['chelsea']}"),
             ("batches", "/ui/batches"),
             ("batch", f"/ui/batches/{finished_batch}"),
+            ("collections", "/ui/collections"),
+            ("collection", collection),
+            ("collection-search-none", f"{collection}/search"),
+            ("collection-search", f"{collection}/search?image={answered_requests['chelsea']}"),
+            ("collection-duplicates", f"{collection}/duplicates"),
+            ("collection-groups", f"{collection}/groups?count=3"),
+            ("collection-group", f"{collection}/groups?count=3&group=1"),
             ("operator", "/ui/operator"),
             ("api", "/ui/api"),
             ("login", "/ui/login"),
@@ -384,6 +421,53 @@ def test_every_page_is_accessible_and_fits_the_screen(
             assert not bad, (address, bad)
             overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
             assert overflow <= 0, f"{address} is {overflow} px wider than the screen"
+
+
+def test_dropped_images_become_a_collection_that_finds_similar_ones(
+    browser: Any, running_system: System, photos: dict[str, bytes]
+) -> None:
+    with browser_session(browser, running_system.base, **DESKTOP) as session:
+        page = session.page
+        page.goto("/ui/collections")
+        page.get_by_label("Name of a new collection").fill("dropped")
+        page.get_by_role("button", name="Create").click()
+        page.wait_for_url("**/ui/collections/dropped")
+        page.get_by_text("No images yet").wait_for()
+        files = {f"{name}.jpg": variant(data, 400) for name, data in photos.items()}
+
+        assert drop_or_paste(page, "drop", "[data-add]", {**files, "notes.jpg": b"These are my notes."})
+        page.get_by_text("4 of 4 sent. notes.jpg: ").wait_for()
+        page.locator("#images").get_by_text("3 with a vector").wait_for()
+        assert drop_or_paste(page, "drop", "[data-search]", {"query.jpg": variant(photos["chelsea"], 401)})
+
+        page.wait_for_url("**/search?image=*")
+        assert page.locator("#matches .name").all_inner_texts()[0] == "chelsea.jpg"
+        assert float(page.locator("#matches .best").first.inner_text().split()[0]) > 0.9
+        page.get_by_role("link", name="More like this: coffee.jpg").click()
+        page.locator(".query-name", has_text="coffee.jpg").wait_for()
+        assert "coffee.jpg" not in page.locator("#matches .name").all_inner_texts()
+        page.get_by_role("button", name="Remove from the collection: rocket.jpg").click()
+        expect_count(page, "#matches .gallery > li", 1)
+        page.get_by_role("link", name="Images", exact=True).click()
+        page.get_by_text("Delete the collection").click()
+        page.get_by_role("button", name="Delete permanently").click()
+        page.wait_for_url("**/ui/collections")
+
+
+def test_more_like_this_finds_images_like_an_answer(
+    browser: Any, running_system: System, photos: dict[str, bytes], collection: str
+) -> None:
+    with browser_session(browser, running_system.base, **DESKTOP) as session:
+        page = session.page
+        page.goto("/")
+        page.set_input_files("#files", [upload_file("cup.jpg", variant(photos["coffee"], 500))])
+
+        page.get_by_role("link", name="More like this: cup.jpg").click()
+
+        page.wait_for_selector("#matches .gallery")
+        assert set(page.locator("#matches .name").all_inner_texts()[:2]) == {"coffee-1.jpg", "coffee-2.jpg"}
+        page.go_back()
+        page.wait_for_selector("#drop")
 
 
 def test_home_loads_quickly(browser: Any, running_system: System) -> None:
