@@ -6,7 +6,6 @@ seed give the same model, and the row says that it is done only after the model 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -18,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.compiler.heads import Head, TrainedModel, build
+from provider_image.compiler.heads import TrainedModel, build
 from provider_image.compiler.versions import keep_version
 from provider_image.errors import MlgError
 from provider_image.features.text import SEGMENTERS
@@ -31,7 +30,7 @@ from store.trainings.files import INPUT
 from store.trainings.records import TrainingExample, TrainingKind, TrainingRecord
 from trainer.errors import UnusableExamples
 from trainer.figures import Figures
-from trainer.fitting import fit_and_evaluate_classes, fit_and_evaluate_numbers
+from trainer.fitting import Fitted, fit_and_evaluate_classes, fit_and_evaluate_numbers
 from trainer.heads import normalise
 from trainer.tables import train_table
 from trainer.texts import train_text
@@ -47,8 +46,6 @@ log = logging.getLogger(__name__)
 MAX_LEFT_OUT = 100
 #: Classes of which the figures have the confusion matrix: its size is the square.
 MAX_CONFUSION_CLASSES = 100
-#: Images of the self-test of a model.
-SAMPLES = 6
 #: Media types of the files of a training.
 PNG, CSV = "image/png", "text/csv"
 
@@ -127,7 +124,7 @@ def train_on_images(store: Store, models: Path, training: TrainingRecord, report
         labels = [example.label or "" for example in examples]
         fitted = fit_and_evaluate_classes(features, labels, names, seed=training.seed)
     report("compiling the model")
-    artefact = _install(store, models, training, backbone, fitted.head, examples)
+    artefact = _install(store, models, training, backbone, fitted, examples)
     ids = {example.name: example.request_id for example in examples}
     figures = {
         **_to_json(fitted.figures),
@@ -230,35 +227,21 @@ def _install(
     models: Path,
     training: TrainingRecord,
     backbone: Artefact,
-    head: Head,
+    fitted: Fitted,
     examples: Sequence[TrainingExample],
 ) -> Artefact:
     """Build the model and install it; keep the one before. :raises UnsuitableModel: :raises CompilationFailed:"""
+    threshold = fitted.figures.threshold
     trained = TrainedModel(
         name=training.name,
         backbone=backbone.name,
         backbone_digest=backbone.digest,
-        head=head,
-        images=_sample_images(store, examples),
+        head=fitted.head,
         training_digest=_training_digest(store, training, examples),
+        unknown_below=0.0 if threshold is None else threshold.probability,
     )
     keep_version(models, training.name)
     return build(models, trained)
-
-
-def _sample_images(store: Store, examples: Sequence[TrainingExample]) -> list[bytes]:
-    """Read some images, of different classes where possible."""
-    of_label: dict[str | None, TrainingExample] = {}
-    for example in examples:
-        of_label.setdefault(example.label, example)
-    chosen = list({one.position: one for one in (*of_label.values(), *examples)}.values())
-    images: list[bytes] = []
-    for example in chosen:
-        with contextlib.suppress(FileNotFoundError):  # retention has deleted it
-            images.append(store.images.read(store.requests.get(example.request_id).image_sha256))
-        if len(images) == SAMPLES:
-            break
-    return images
 
 
 def _training_digest(store: Store, training: TrainingRecord, examples: Sequence[TrainingExample]) -> str:

@@ -16,7 +16,6 @@ from provider_image.backends import Device
 from provider_image.backends.openvino import GRAPH_FILES, import_openvino, load_net
 from provider_image.compiler.custom import check_custom_name
 from provider_image.compiler.installing import begin_artefact, build_folder
-from provider_image.compiler.self_test import small_images
 from provider_image.compiler.verification import verify_and_install
 from provider_image.errors import ConfigError, UnsuitableModel
 from provider_image.models.artefact import Artefact, Provenance, find_artefact
@@ -90,8 +89,6 @@ class TrainedModel:
     #: The digest that it had then.
     backbone_digest: str
     head: Head
-    #: Some of the images that it was trained with, of which small copies become its self-test.
-    images: Sequence[bytes]
     #: Identifies the training: digest of the examples and of what else decided the head.
     training_digest: str
     #: Probability below which an answer is unknown; 0 if every answer counts.
@@ -141,9 +138,6 @@ def build(
             method=head.method,
         ),
     )
-    images = small_images(trained.images, backbone.height, backbone.width)
-    if not images:
-        raise UnsuitableModel("None of the images of the training can be decoded for the self-test.")
     net = load_net(backbone, Device(threads=1))
 
     def reference(arrays: Sequence[Array]) -> list[Array]:
@@ -160,7 +154,6 @@ def build(
             folder,
             models,
             draft,
-            images=images,
             reference=reference,
             tolerance=HEAD_TOLERANCE,
             f16_within=f16_within,

@@ -1,8 +1,7 @@
 """The images of the self-test, which verifies an artefact when it is built and whenever it is checked.
 
-Called by `verification.py`, `custom.py` and `heads.py`. Photos if scikit-image is installed, whose wheel contains some
-(part of the extra `[compile]`), otherwise drawn images; of a trained model, some images that it was trained with.
-They are stored in the artefact, so that all machines use the same.
+Called by `verification.py` and `custom.py`. Photos if scikit-image is installed, whose wheel contains some (part of the
+extra `[compile]`), otherwise drawn images. They are stored in the artefact, so that all machines use the same.
 """
 
 from __future__ import annotations
@@ -10,12 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from provider_image.errors import BadInput
-from provider_image.images.decoding import decode
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -24,8 +19,6 @@ if TYPE_CHECKING:
 _PHOTOS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png", "motorcycle_left.png", "camera.png")
 #: Longest side in pixels; larger photos are scaled down to keep artefacts small.
 _MAX_SIDE = 400
-#: Most images of a training in an artefact.
-_MAX_SMALL_IMAGES = 6
 #: Width and height of the drawn images.
 _DRAWN_SIZES = ((320, 240), (240, 320), (400, 225), (224, 224))
 
@@ -35,25 +28,6 @@ def self_test_images() -> dict[str, bytes]:
     """Return file name -> JPEG of the self-test images."""
     found = _photos() or [_draw(number, *size) for number, size in enumerate(_DRAWN_SIZES)]
     return {f"selftest-{number}.jpg": _jpeg(image) for number, image in enumerate(found)}
-
-
-def small_images(images: Iterable[bytes], height: int, width: int) -> dict[str, bytes]:
-    """Return file name -> JPEG of the first few images, at a model's input size; unusable ones are left out.
-
-    An artefact goes to every worker, so only small copies without metadata are in it.
-    """
-    import PIL.Image
-
-    found: dict[str, bytes] = {}
-    for data in images:
-        if len(found) == _MAX_SMALL_IMAGES:
-            break
-        try:
-            pixels = decode(data, height, width, None)
-        except BadInput:
-            continue
-        found[f"selftest-{len(found)}.jpg"] = _jpeg(PIL.Image.fromarray(pixels))
-    return found
 
 
 def _photos() -> list[PIL.Image.Image]:

@@ -1,8 +1,9 @@
 """The ONNX file of a custom model: checked, and copied from what was checked.
 
-Called by `builder.py`, in a confined process (`compiler/confined.py`), because C code of protobuf reads the file. Only listed
-operators of ONNX itself pass, without subgraphs, functions, texts and random numbers, and weights are in the file or in
-plain files beside it. The copy has new names and nothing else in it, so what other programs read is what was checked.
+Called by `builder.py`, in a confined process (`compiler/confined.py`), because C code of protobuf reads the file. Only
+listed operators of ONNX itself pass, without subgraphs, functions, texts and random numbers, and weights are in the
+file or in plain files beside it. The copy has new names and nothing else in it, so what other programs read is what was
+checked.
 Half precision becomes f32 in it, because its rounding is another in each program. Weakness: how much memory a network
 needs is known only as far as its shapes can be inferred.
 """
