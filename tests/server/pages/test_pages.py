@@ -64,7 +64,7 @@ class TagCollector(HTMLParser):
 
 def page_urls(client: flask.testing.FlaskClient) -> list[str]:
     id = post_image(client)
-    return ["/", "/ui/requests", f"/ui/requests/{id}", "/ui/login", "/ui/nonsense"]
+    return ["/", "/ui/requests", f"/ui/requests/{id}", "/ui/collections", "/ui/login", "/ui/nonsense"]
 
 
 def test_a_browser_gets_a_page_where_programs_get_json(client: flask.testing.FlaskClient) -> None:
