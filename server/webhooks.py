@@ -4,6 +4,9 @@
 Standard Webhooks (https://www.standardwebhooks.com, 1.0.0): their headers, their signature, their schedule of retries.
 A receiver may get a message more than once, with the same `webhook-id`. It must not import Flask.
 
+Each commit delays the uploads that wait for the next one. So a group of messages is claimed, and its bodies are saved,
+in one commit, which also records the results that earlier messages have had by then.
+
 A URL gets the same checks as one that an image is fetched from, see `server/http_client.py`; redirects are not
 followed. MLG_WEBHOOKS_PRIVATE=1 removes these checks, for receivers in a private network.
 """
@@ -29,8 +32,8 @@ from server.errors import DeliveryFailed, UrlRefused
 from server.http_client import HttpClient, RequestFailed, check_url
 from server.record_json import fields
 from server.serializers import parse_read_params, serialize_request
-from store.clients.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook
-from store.errors import UnknownRequest
+from store.clients.webhooks import SECRET_PREFIX, DeliveryRecord, DeliveryResult, UnknownWebhook
+from store.errors import StoreError, UnknownRequest
 from store.rows import to_text
 from store.store import Store
 
@@ -44,7 +47,7 @@ JITTER = 0.1
 SEND_SECONDS = 15.0
 #: Seconds after which another process may send what one has claimed.
 LEASE_SECONDS = 60.0
-#: Seconds between two polls for messages that are due.
+#: Seconds between two polls for messages that are due, and after which a result is recorded at the latest.
 POLL_SECONDS = 0.25
 #: Messages that one process sends at once, and those of one owner; one when half of all are in progress.
 MAX_CONCURRENT_SENDS = 32
@@ -52,6 +55,8 @@ MAX_SENDS_PER_OWNER = 8
 #: Messages that are begun together, and seconds between two such groups: uploads need the processor too.
 GROUP_SIZE = 8
 GROUP_PAUSE_SECONDS = 0.05
+#: Seconds that a stop waits until the results of what has been sent are recorded.
+STOP_SECONDS = 1.0
 #: The longest delay that a receiver may ask for with Retry-After.
 _MAX_RETRY_AFTER_SECONDS = 86_400
 
@@ -126,41 +131,52 @@ class Deliverer:
         self._lock = threading.Lock()
         #: Id -> owner and host of a message that is being sent.
         self._sending: dict[str, tuple[str, str]] = {}
+        #: What is not recorded yet.
+        self._results: list[DeliveryResult] = []
         #: When no more than these are in progress, the group that was begun last has ended, or others instead.
         self._wake_below = 0
         self._stopping = threading.Event()
         self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
 
     def start(self) -> None:
         """Start the background thread."""
-        threading.Thread(target=self._run, name="webhooks", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
-        """Begin no more attempts. Another process repeats those that this one does not finish."""
+        """Begin no more attempts, and record those that have ended. Another process repeats those that do not end."""
         self._stopping.set()
         self._wake.set()
+        self._thread.join(STOP_SECONDS)
 
     def send_due(self) -> list[threading.Thread]:
-        """Begin to send some of what is due, at most GROUP_SIZE. :return: the threads that send."""
+        """Record what was sent, and begin to send some of what is due, at most GROUP_SIZE.
+
+        :return: the threads that send.
+        """
         with self._lock:
             sending = list(self._sending.values())
             self._wake_below = len(sending)
-        free = MAX_CONCURRENT_SENDS - len(sending)
-        if free <= 0:
-            return []
-        now = self._clock()
-        claimed = self._outbox.webhooks.claim_deliveries(
-            now=now,
-            lease_ends_at=now + timedelta(seconds=LEASE_SECONDS),
-            limit=min(free, GROUP_SIZE),
-            per_owner=MAX_SENDS_PER_OWNER if free > MAX_CONCURRENT_SENDS // 2 else 1,
-            sending=sending,
-        )
+        free, now = MAX_CONCURRENT_SENDS - len(sending), self._clock()
+        due = []
+        if free > 0:
+            due = self._outbox.webhooks.list_due(
+                now=now,
+                limit=min(free, GROUP_SIZE),
+                per_owner=MAX_SENDS_PER_OWNER if free > MAX_CONCURRENT_SENDS // 2 else 1,
+                sending=sending,
+            )
+        messages = {delivery.id: self._message_of(delivery) for delivery in due}
         threads = []
-        for delivery in claimed:
+        for delivery in self._claim(messages, now):
+            message = messages[delivery.id]
+            if message is None:
+                continue  # it is tried again when the lease ends
+            # What was deleted meanwhile is not saved and not told.
+            body = delivery.payload or self._message(delivery, self._deleted_data(delivery))
             with self._lock:
                 self._sending[delivery.id] = delivery.owner, delivery.host
-            thread = threading.Thread(target=self._send, args=(delivery,), name="webhook", daemon=True)
+            thread = threading.Thread(target=self._send, args=(delivery, body), name="webhook", daemon=True)
             try:
                 thread.start()
             except RuntimeError:
@@ -170,44 +186,70 @@ class Deliverer:
             threads.append(thread)
         return threads
 
+    def record(self) -> None:
+        """Record the results of what was sent. :raises StoreError: they are kept for the next time."""
+        self._claim({}, self._clock())
+
+    def _claim(self, messages: Mapping[str, str | None], now: datetime) -> list[DeliveryRecord]:
+        """Claim deliveries, drop those whose message is empty, and record the results of others, in one commit."""
+        with self._lock:
+            results, self._results = self._results, []
+        if not (messages or results):
+            return []
+        try:
+            return self._outbox.webhooks.claim_deliveries(
+                {id: message for id, message in messages.items() if message != ""},
+                now=now,
+                lease_ends_at=now + timedelta(seconds=LEASE_SECONDS),
+                dropped=[id for id, message in messages.items() if message == ""],
+                results=results,
+            )
+        except StoreError:
+            with self._lock:
+                self._results = results + self._results
+            raise
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._wake.clear()
-            try:
-                self.send_due()
-            except MlgError as error:
-                log.warning("cannot read the webhooks that are due: %s", error)
-            except Exception:
-                # The thread must survive any failure.
-                log.exception("cannot read the webhooks that are due")
+            self._try(self.send_due)
             self._stopping.wait(GROUP_PAUSE_SECONDS)
             self._wake.wait(POLL_SECONDS - GROUP_PAUSE_SECONDS)
+        self._try(self.record)
 
-    def _send(self, delivery: DeliveryRecord) -> None:
+    @staticmethod
+    def _try(work: Callable[[], object]) -> None:
         try:
-            self._attempt(delivery)
+            work()
+        except MlgError as error:
+            log.warning("cannot read or record webhooks: %s", error)
+        except Exception:
+            # The thread must survive any failure. What was not recorded is sent again.
+            log.exception("cannot read or record webhooks")
+
+    def _send(self, delivery: DeliveryRecord, body: str) -> None:
+        result = None
+        try:
+            result = self._attempt(delivery, body)
         except Exception:
             # It is sent again when the lease ends.
             log.exception("cannot send a webhook", extra={"delivery": delivery.id})
         finally:
-            self._end(delivery)
+            self._end(delivery, result)
+        if self._stopping.is_set():
+            self._try(self.record)
 
-    def _end(self, delivery: DeliveryRecord) -> None:
+    def _end(self, delivery: DeliveryRecord, result: DeliveryResult | None = None) -> None:
         with self._lock:
             # Not there if it was claimed twice: the system's time was set beyond the end of its lease.
             self._sending.pop(delivery.id, None)
+            if result is not None:
+                self._results.append(result)
             if len(self._sending) <= self._wake_below:
                 self._wake.set()
 
-    def _attempt(self, delivery: DeliveryRecord) -> None:
-        payload = delivery.payload
-        if payload is None:
-            payload = self._payload(delivery)
-            if payload is None:
-                self._outbox.webhooks.delete_delivery(delivery.id)
-                return
-            if not self._outbox.webhooks.save_payload(delivery.id, payload):
-                payload = self._message(delivery, self._deleted_data(delivery))
+    def _attempt(self, delivery: DeliveryRecord, body: str) -> DeliveryResult | None:
+        """Send a message once. :return: the result, unless it is recorded already."""
         status: int | None = None
         retry_after: str | None = None
         error: str | None = None
@@ -215,7 +257,7 @@ class Deliverer:
             status, retry_after = send(
                 delivery.url,
                 id=delivery.id,
-                body=payload.encode(),
+                body=body.encode(),
                 secret=self._outbox.webhooks.secret(delivery.endpoint_id, delivery.owner),
                 now=self._clock(),
                 http_client=self._http_client,
@@ -224,18 +266,22 @@ class Deliverer:
                 error = f"The receiver answered with status {status}."
         except UnknownWebhook:
             self._outbox.webhooks.delete_delivery(delivery.id)
-            return
+            return None
         except DeliveryFailed as failure:
             error = failure.reason
         now = self._clock()
         retry_at = None
         if error is not None and status != 410 and delivery.attempts <= len(self._retry_seconds):
             retry_at = now + timedelta(seconds=self._retry_delay(delivery.attempts, retry_after))
-        self._outbox.webhooks.finish_delivery(delivery, now=now, retry_at=retry_at, status=status, error=error)
         if error is not None:
             log.warning("webhook %s: %s", delivery.id, error, extra={"delivery": delivery.id})
-        if status == 410 and delivery.endpoint_id is not None:
-            self._outbox.webhooks.disable_endpoint(delivery.endpoint_id, reason="It answered with status 410.", now=now)
+        result = DeliveryResult(delivery=delivery, ended_at=now, retry_at=retry_at, status=status, error=error)
+        if status != 410 or delivery.endpoint_id is None:
+            return result
+        # Before the endpoint's other deliveries are given up, which takes a while.
+        self._outbox.webhooks.finish_deliveries([result])
+        self._outbox.webhooks.disable_endpoint(delivery.endpoint_id, reason="It answered with status 410.", now=now)
+        return None
 
     def _retry_delay(self, attempts: int, retry_after: str | None) -> float:
         wait = self._retry_seconds[attempts - 1] * random.uniform(1 - JITTER, 1 + JITTER)
@@ -243,15 +289,28 @@ class Deliverer:
             wait = max(wait, min(float(retry_after[:9]), _MAX_RETRY_AFTER_SECONDS))
         return wait
 
-    def _payload(self, delivery: DeliveryRecord) -> str | None:
-        """Build the body; None when the request or batch was queued again, so another event will follow."""
+    def _message_of(self, delivery: DeliveryRecord) -> str | None:
+        """Return the body; empty when the request or batch was queued again, None when it cannot be built now."""
+        if delivery.payload is not None:
+            return delivery.payload
+        try:
+            message = self._build(delivery)
+            message.encode()
+        except Exception:
+            # One message that cannot be built must not hold up the others.
+            log.exception("cannot build the message of a webhook", extra={"delivery": delivery.id})
+            return None
+        return message
+
+    def _build(self, delivery: DeliveryRecord) -> str:
+        """Build the body; empty when the request or batch was queued again, so another event will follow."""
         data: dict[str, Any]
         try:
             if delivery.event == "batch.done":
                 batch = self._outbox.batches.get(delivery.subject)
                 progress = self._outbox.batches.progress(delivery.subject)
                 if progress.waiting:
-                    return None
+                    return ""
                 data = {
                     "batch_id": batch.id,
                     **fields(batch, "name model total refused"),
@@ -260,7 +319,7 @@ class Deliverer:
             else:
                 request = self._outbox.requests.get(delivery.subject)
                 if not request.state.is_final:
-                    return None
+                    return ""
                 data = serialize_request(request, parse_read_params(request.service, {}), None, models=self._models)
         except UnknownRequest:
             data = self._deleted_data(delivery)

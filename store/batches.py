@@ -88,14 +88,14 @@ _IS_IN_PROGRESS = """
     SELECT EXISTS (SELECT 1 FROM requests WHERE batch_id = :id AND state IN ('queued', 'claimed'))
 """
 
-_SOME_ENDED_ITEMS = f"""
+_SOME_ENDED_ITEMS = """
     number IN (SELECT number FROM requests INDEXED BY requests_batch
-               WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT {ROWS_PER_COMMIT})
+               WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT :rows_per_commit)
 """
 
 # Of a batch that is hidden; nothing of it was ever claimed.
-_SOME_HIDDEN_ITEMS = f"""
-    number IN (SELECT number FROM requests INDEXED BY requests_batch WHERE batch_id = :id LIMIT {ROWS_PER_COMMIT})
+_SOME_HIDDEN_ITEMS = """
+    number IN (SELECT number FROM requests INDEXED BY requests_batch WHERE batch_id = :id LIMIT :rows_per_commit)
 """
 
 _DELETE_REFUSALS = """
@@ -143,9 +143,9 @@ _ABANDON = f"""
 
 _IS_ABANDONED = f"SELECT 1 FROM batches WHERE id = :id AND arrival = {_ABANDONED}"
 
-_SOME_TO_CHANGE = f"""
+_SOME_TO_CHANGE = """
     number IN (SELECT number FROM requests INDEXED BY requests_batch
-               WHERE batch_id = :id AND number > :after AND {{which}} ORDER BY number LIMIT {ROWS_PER_COMMIT})
+               WHERE batch_id = :id AND number > :after AND {which} ORDER BY number LIMIT :rows_per_commit)
 """
 
 _DELETE_EMPTY = """
@@ -409,10 +409,10 @@ class Batches:
         values = {"id": id, "now": now}
         self._database.execute(_ABANDON, values)
 
-        def write(transaction: Transaction) -> int:
+        def write(transaction: Transaction, rows: int) -> int:
             if transaction.execute(_IS_ABANDONED, values).fetchone() is None:
                 return 0
-            removed = delete_requests(transaction, _SOME_HIDDEN_ITEMS, values)
+            removed = delete_requests(transaction, _SOME_HIDDEN_ITEMS, {"id": id, "rows_per_commit": rows})
             transaction.execute("UPDATE batches SET arrived = arrived - ? WHERE id = ?", (removed, id))
             return removed
 
@@ -540,7 +540,8 @@ class Batches:
         where = _SOME_TO_CHANGE.format(which=which)
         values = {"id": id, "now": to_text(now), "after": 0}
 
-        def write(transaction: Transaction) -> int:
+        def write(transaction: Transaction, rows: int) -> int:
+            values["rows_per_commit"] = rows
             if not transaction.execute(change_batch, values).rowcount:
                 raise UnknownBatch()
             changed = transition(transaction, to, where, [values], columns=columns, now=now)
@@ -557,13 +558,13 @@ class Batches:
         :raises BatchInProgress: nothing was deleted, unless some were queued again meanwhile.
         """
 
-        def write(transaction: Transaction) -> int:
+        def write(transaction: Transaction, rows: int) -> int:
             batch = transaction.execute(_GET, (id,)).fetchone()
             if batch is None:
                 raise UnknownBatch()
             if batch["arrival"] or transaction.execute(_IS_IN_PROGRESS, {"id": id}).fetchone()[0]:
                 raise BatchInProgress()
-            return delete_requests(transaction, _SOME_ENDED_ITEMS, {"id": id})
+            return delete_requests(transaction, _SOME_ENDED_ITEMS, {"id": id, "rows_per_commit": rows})
 
         removed = self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
         self.delete_empty(id)

@@ -136,7 +136,9 @@ class Changes:
 
     def purge(self, *, before: datetime) -> int:
         """Delete the changes made before a time, except the last one of all. :return: how many."""
-        return self._database.execute_in_steps(_PURGE, {"before": to_text(before)}, rows_per_commit=ROWS_PER_COMMIT)
+        return self._database.execute_in_steps(
+            _PURGE, {"before": to_text(before)}, rows_per_commit=ROWS_PER_COMMIT, is_background=True
+        )
 
     def list(self, after: int, *, limit: int = 1000) -> builtins.list[ChangeRecord]:
         """List the changes after a number, in order."""

@@ -35,8 +35,12 @@ MAX_WRITES_PER_COMMIT = 128
 LOCK_POLL_SECONDS = 0.0005
 #: Files that are deleted while the write lock is held once.
 FILES_PER_LOCK = 16
-#: The longest pause between two commits of a write in steps.
+#: The longest pause between two commits of a write in steps, and of one in the background.
 MAX_STEP_PAUSE_SECONDS = 0.1
+MAX_BACKGROUND_PAUSE_SECONDS = 1.0
+#: How long the statements of one step shall take, and the fewest rows that it may change.
+STEP_SECONDS = 0.005
+MIN_ROWS_PER_COMMIT = 10
 
 
 def database_error(error: sqlite3.Error, database: Path) -> StoreError:
@@ -141,6 +145,8 @@ class Transaction:
 
 T = TypeVar("T")
 WriteFunction = Callable[[Transaction], T]
+#: Changes at most as many rows as the second argument says, and returns how many.
+StepFunction = Callable[[Transaction, int], int]
 
 
 class _PendingWrite:
@@ -156,6 +162,13 @@ class _PendingWrite:
         #: Released when the write is done or its thread becomes the leader. An Event costs three times as much.
         self.wakeup = threading.Lock()
         self.wakeup.acquire()
+
+
+def _next_rows(rows: int, seconds: float, most: int) -> int:
+    """Tell how many rows the next step may change. :param seconds: that the statements took for `rows` rows."""
+    # At most twice as many: one step may have been fast because its rows were small.
+    wanted = 2 * rows if seconds <= STEP_SECONDS / 2 else int(rows * STEP_SECONDS / seconds)
+    return min(max(wanted, MIN_ROWS_PER_COMMIT), most)
 
 
 class Database:
@@ -177,6 +190,7 @@ class Database:
         self._waiting: collections.deque[_PendingWrite] = collections.deque()
         self._has_leader = False
         self._is_closed = False
+        self._background_ends = threading.Event()
         self._write_connection: sqlite3.Connection | None = None
         self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
 
@@ -254,28 +268,53 @@ class Database:
         """Run one statement as a write. :return: how many rows it changed."""
         return self.write(lambda transaction: transaction.execute(sql, parameters).rowcount)
 
-    def write_in_steps(self, write: WriteFunction[int], *, rows_per_commit: int) -> int:
+    def write_in_steps(self, write: StepFunction, *, rows_per_commit: int, is_background: bool = False) -> int:
         """Run a write repeatedly, each time in a commit of its own, until it changes fewer rows than it may.
 
-        :param write: changes at most `rows_per_commit` rows and returns how many.
+        How many it may change follows from how long its statements took the last time, without the flush of the disk:
+        fewer rows would not make that shorter.
+
+        :param rows_per_commit: the most that one commit changes.
+        :param is_background: see `write_each`.
         :return: how many rows it changed in all.
         """
-        total = 0
-        for changed in self.write_each(itertools.repeat(write)):
+        rows, seconds, total = rows_per_commit, 0.0, 0
+
+        def step(transaction: Transaction) -> int:
+            nonlocal seconds
+            started = time.monotonic()
+            changed = write(transaction, rows)
+            seconds = time.monotonic() - started
+            return changed
+
+        for changed in self.write_each(itertools.repeat(step), is_background=is_background):
             total += changed
-            if changed < rows_per_commit:
+            if changed < rows:
                 break
+            rows = _next_rows(rows, seconds, rows_per_commit)
         return total
 
-    def write_each(self, writes: Iterable[WriteFunction[T]]) -> Iterator[T]:
-        """Run writes, each in a commit of its own. Between them others that wait have the lock as long as each took."""
+    def write_each(self, writes: Iterable[WriteFunction[T]], *, is_background: bool = False) -> Iterator[T]:
+        """Run writes, each in a commit of its own. Between them others that wait have the lock as long as each took.
+
+        :param is_background: leave it for that long in any case, so that those who come in that time need not wait; and
+            end at `end_background`.
+        """
+        longest = MAX_BACKGROUND_PAUSE_SECONDS if is_background else MAX_STEP_PAUSE_SECONDS
         pause = 0.0
         for write in writes:
-            if pause and self._is_awaited():
+            if is_background:
+                if self._background_ends.wait(pause):
+                    return
+            elif pause and self._is_awaited():
                 time.sleep(pause)
             started = time.monotonic()
             yield self.write(write)
-            pause = min(time.monotonic() - started, MAX_STEP_PAUSE_SECONDS)
+            pause = min(time.monotonic() - started, longest)
+
+    def end_background(self) -> None:
+        """Begin no more steps in the background, in this process. What is left to do is found the next time."""
+        self._background_ends.set()
 
     def _is_awaited(self) -> bool:
         """Tell whether another thread or process wants to write now."""
@@ -300,11 +339,14 @@ class Database:
         finally:
             os.close(descriptor)
 
-    def execute_in_steps(self, sql: str, parameters: Mapping[str, Any], *, rows_per_commit: int) -> int:
+    def execute_in_steps(
+        self, sql: str, parameters: Mapping[str, Any], *, rows_per_commit: int, is_background: bool = False
+    ) -> int:
         """Run a statement in small commits, see `write_in_steps`. :param sql: has a `LIMIT :rows_per_commit`."""
-        values = {**parameters, "rows_per_commit": rows_per_commit}
         return self.write_in_steps(
-            lambda transaction: transaction.execute(sql, values).rowcount, rows_per_commit=rows_per_commit
+            lambda transaction, rows: transaction.execute(sql, {**parameters, "rows_per_commit": rows}).rowcount,
+            rows_per_commit=rows_per_commit,
+            is_background=is_background,
         )
 
     def close(self) -> None:

@@ -144,11 +144,11 @@ _COUNT_FAILURE = f"""
 """
 
 # No lease is longer than the second bound, unless the clock of leases has lost time since.
-_HAS_LEASE_ENDED = f"""
+_HAS_LEASE_ENDED = """
     number IN (SELECT number FROM requests WHERE state = 'claimed' AND lease_ends_at <= :lease_now
                UNION ALL
                SELECT number FROM requests WHERE state = 'claimed' AND lease_ends_at > :longest_lease
-               LIMIT {ROWS_PER_COMMIT})
+               LIMIT :rows_per_commit)
 """
 
 #: Of a request that is retried.
@@ -778,12 +778,15 @@ class Requests:
         lease_now = lease_now or now
         longest_lease = lease_now + timedelta(seconds=MAX_LEASE_SECONDS)
         times = {"lease_now": to_text(lease_now), "longest_lease": to_text(longest_lease)}
-        if not self._has_any(_HAS_LEASE_ENDED, times):
+        if not self._has_any(_HAS_LEASE_ENDED, {**times, "rows_per_commit": 1}):
             return 0
         reason = "The batcher that worked on it stopped."
         values = {**times, "code": "lease_ended", "reason": reason, "due_at": to_text(now)}
         return self._database.write_in_steps(
-            self._release(_HAS_LEASE_ENDED, values, Blame.NOBODY, now), rows_per_commit=ROWS_PER_COMMIT
+            lambda transaction, rows: self._release(
+                _HAS_LEASE_ENDED, {**values, "rows_per_commit": rows}, Blame.NOBODY, now
+            )(transaction),
+            rows_per_commit=ROWS_PER_COMMIT,
         )
 
     def _release(
@@ -854,14 +857,15 @@ class Requests:
         if not self._has_any(_IS_OVERDUE, {"now": to_text(now)}):
             return 0
 
-        def write(transaction: Transaction) -> int:
-            where = f"number IN (SELECT number FROM requests WHERE {_IS_OVERDUE} LIMIT {ROWS_PER_COMMIT})"
+        def write(transaction: Transaction, rows: int) -> int:
+            where = f"number IN (SELECT number FROM requests WHERE {_IS_OVERDUE} LIMIT :rows_per_commit)"
+            limit = {"rows_per_commit": rows}
             columns = f"code = '{EXPIRED}', reason = 'Its deadline passed before it was claimed.'"
-            return len(transition(transaction, RequestState.CANCELLED, where, [{}], columns=columns, now=now))
+            return len(transition(transaction, RequestState.CANCELLED, where, [limit], columns=columns, now=now))
 
         return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 
-    def _has_any(self, where: str, values: Mapping[str, str]) -> bool:
+    def _has_any(self, where: str, values: Mapping[str, Any]) -> bool:
         """Tell whether a write would find anything: reading needs no write lock, and most calls find nothing."""
         return self._database.row(f"SELECT 1 FROM requests WHERE {where} LIMIT 1", values) is not None
 

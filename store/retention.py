@@ -3,8 +3,8 @@
 A request that gave a collection a vector is kept, with its image, for as long as it is a member. Only a retention time
 of its own, which its client chose, ends that.
 
-The batcher calls `purge` regularly (`batcher/scheduler.py`). It works in small commits, so that uploads never wait long
-for the write lock.
+The batcher calls `purge` regularly (`batcher/scheduler.py`). It works in small commits and leaves the write lock to
+others for half of the time, so that uploads never wait long for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from store.changes import Changes
 from store.clients.idempotency import Idempotency
 from store.clients.webhooks import Webhooks
 from store.collections.collections import Collections
-from store.database import Database, Transaction, WriteFunction
+from store.database import Database, StepFunction, Transaction
 from store.files import digests_of_inputs
 from store.images import ImageStore, is_needed
 from store.migrations import KEEP_UNTIL_SQL
@@ -33,23 +33,23 @@ KEEP_CHANGES = timedelta(days=1)
 KEEP_DELIVERIES = timedelta(days=7)
 
 # Some requests of each kind, as conditions.
-_OLD = f"""
+_OLD = """
     number IN (SELECT number FROM requests INDEXED BY requests_purgeable
-               WHERE finished_at < :before AND finished_at IS NOT NULL AND collections = 0 LIMIT {ROWS_PER_COMMIT})
+               WHERE finished_at < :before AND finished_at IS NOT NULL AND collections = 0 LIMIT :rows_per_commit)
 """
 
 # Requests with a retention time of their own, which is shorter than the operator's.
 _OLD_FOR_OWNER = f"""
     number IN (SELECT number FROM requests
                WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL AND {KEEP_UNTIL_SQL} <= :before
-               LIMIT {ROWS_PER_COMMIT})
+               LIMIT :rows_per_commit)
 """
 
-_DELETE_IMAGES = f"""
+_DELETE_IMAGES = """
     UPDATE requests SET image_deleted_at = :now
     WHERE number IN (SELECT number FROM requests INDEXED BY requests_finished_with_image
                      WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL
-                       AND collections = 0 LIMIT {ROWS_PER_COMMIT})
+                       AND collections = 0 LIMIT :rows_per_commit)
     RETURNING number, image_sha256, inputs
 """
 
@@ -103,6 +103,7 @@ class Retention:
     def stop(self) -> None:
         """End a purge that is in progress soon. The next one goes on."""
         self._is_stopping.set()
+        self._database.end_background()
 
     def purge(self, *, images_before: datetime, results_before: datetime, now: datetime) -> PurgeReport:
         """Delete what is old, and files that killed processes left. Requests that have not ended are never touched.
@@ -125,24 +126,25 @@ class Retention:
         return PurgeReport(images=images, results=results, leftovers=leftovers)
 
     def _purge_requests(self, which: str, before: datetime) -> int:
-        values = {"before": to_text(before)}
-        return self._in_steps(lambda transaction: delete_requests(transaction, which, values))
+        return self._in_steps(
+            lambda transaction, rows: delete_requests(
+                transaction, which, {"before": to_text(before), "rows_per_commit": rows}
+            )
+        )
 
     def _purge_images(self, before: datetime, now: datetime) -> int:
         values = {"before": to_text(before), "now": to_text(now)}
 
-        def write(transaction: Transaction) -> int:
-            found = transaction.execute(_DELETE_IMAGES, values).fetchall()
+        def write(transaction: Transaction, rows: int) -> int:
+            found = transaction.execute(_DELETE_IMAGES, {**values, "rows_per_commit": rows}).fetchall()
             transaction.execute_many(_FORGET_INPUTS, [(row["number"],) for row in found])
             transaction.delete_files(set().union(*map(digests_of_inputs, found)))
             return len(found)
 
         return self._in_steps(write)
 
-    def _in_steps(self, write: WriteFunction[int]) -> int:
-        return self._database.write_in_steps(
-            lambda transaction: 0 if self._is_stopping.is_set() else write(transaction), rows_per_commit=ROWS_PER_COMMIT
-        )
+    def _in_steps(self, write: StepFunction) -> int:
+        return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT, is_background=True)
 
     def _purge_batches(self, before: datetime, now: datetime) -> None:
         """Delete batches that have no requests left."""

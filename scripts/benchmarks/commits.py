@@ -18,6 +18,7 @@ from scripts.benchmarks.measuring import print_table, timed, work_folder
 from scripts.benchmarks.retention import fill
 from store import new_id
 from store.batches import BatchRecord
+from store.clients.webhooks import DeliveryRecord, DeliveryResult
 from store.database import Database
 from store.requests import NewRequest
 from store.store import Store
@@ -98,12 +99,16 @@ def steps(store: Store) -> Iterator[tuple[str, Callable[[], object]]]:
             )
 
     def send_webhooks() -> None:
+        claimed: list[DeliveryRecord] = []
         for _ in range(60):
-            found = store.webhooks.claim_deliveries(
-                now=now(), lease_ends_at=now() + timedelta(seconds=30), limit=8, per_owner=8
+            due = store.webhooks.list_due(now=now(), limit=8, per_owner=8)
+            results = [DeliveryResult(delivery=each, ended_at=now(), status=204) for each in claimed]
+            claimed = store.webhooks.claim_deliveries(
+                {each.id: "{}" for each in due},
+                now=now(),
+                lease_ends_at=now() + timedelta(seconds=30),
+                results=results,
             )
-            store.webhooks.save_payload(found[0].id, "{}")
-            store.webhooks.finish_delivery(found[0], now=now(), retry_at=None, status=204, error=None)
 
     def purge() -> None:
         day = now() - timedelta(hours=24)
@@ -118,7 +123,7 @@ def steps(store: Store) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "claim 256 requests", claim
     later = timedelta(hours=1)
     yield "release requests whose leases have ended", lambda: store.requests.release_expired(now() + later)
-    yield "claim 8 webhooks, save a message, record one", send_webhooks
+    yield "claim 8 webhooks and record 8", send_webhooks
     yield "delete the images of a part of the day, and its oldest requests", purge
 
 

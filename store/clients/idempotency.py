@@ -158,7 +158,9 @@ class Idempotency:
 
     def purge(self, *, now: datetime) -> int:
         """Delete expired keys. :return: how many."""
-        return self._database.execute_in_steps(_PURGE, {"now": to_text(now)}, rows_per_commit=_ROWS_PER_COMMIT)
+        return self._database.execute_in_steps(
+            _PURGE, {"now": to_text(now)}, rows_per_commit=_ROWS_PER_COMMIT, is_background=True
+        )
 
     def close(self) -> None:
         """Give up what this process has reserved."""

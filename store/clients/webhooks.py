@@ -8,7 +8,7 @@ A delivery belongs to an owner: the endpoint, else the key with which its URL wa
 divided among owners, so that one whose receivers do not answer delays only itself; and among its hosts. Each owner has
 a secret of its own.
 
-Weakness: of an owner with more than MAX_HOSTS_PER_CLAIM hosts, one claim sees only a part of them.
+Weakness: of an owner with more than MAX_HOSTS_PER_LIST hosts, one list of what is due has only a part of them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import re
 import secrets
 import sqlite3
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from provider_image.errors import MlgError
-from store.database import Database
+from store.database import Database, Transaction
 from store.rows import from_row, insert_sql, to_row, to_text
 
 #: The events. A request is done when it is final, whatever the outcome; a batch when all of its requests are.
@@ -35,8 +35,8 @@ SECRET_PREFIX = "whsec_"
 _SECRET_BYTES = 32
 #: Deliveries to one host of an owner that a process sends at once.
 MAX_DELIVERIES_PER_HOST = 4
-#: Hosts of one owner that one claim looks at; the next one looks at those behind them.
-MAX_HOSTS_PER_CLAIM = 100
+#: Hosts of one owner that one list of what is due looks at; the next one looks at those behind them.
+MAX_HOSTS_PER_LIST = 100
 
 #: Deliveries that one commit changes or deletes.
 ROWS_PER_COMMIT = 100
@@ -61,18 +61,18 @@ _DUE = """
     WHERE next_at IS NOT NULL AND owner = ? AND host = ? AND next_at <= ? ORDER BY next_at LIMIT ?
 """
 
+_FOUND = "SELECT * FROM webhook_deliveries WHERE id IN (SELECT value FROM json_each(?))"
+
+# The payload is not saved when the request or batch was deleted meanwhile: what was said of it must not stay.
 _CLAIM = """
-    UPDATE webhook_deliveries SET attempts = attempts + 1, next_at = :lease_ends_at
-    WHERE id IN (SELECT value FROM json_each(:ids)) AND next_at <= :now
+    UPDATE webhook_deliveries SET attempts = attempts + 1, next_at = :lease_ends_at, payload = coalesce(payload,
+        CASE WHEN EXISTS (SELECT 1 FROM requests WHERE requests.id = subject)
+               OR EXISTS (SELECT 1 FROM batches WHERE batches.id = subject) THEN :payload END)
+    WHERE id = :id AND next_at <= :now
     RETURNING *
 """
 
-# Not when the request or batch was deleted meanwhile: what was said of it must not stay.
-_SAVE_PAYLOAD = """
-    UPDATE webhook_deliveries SET payload = coalesce(payload, :payload)
-    WHERE id = :id AND (EXISTS (SELECT 1 FROM requests WHERE requests.id = subject)
-                        OR EXISTS (SELECT 1 FROM batches WHERE batches.id = subject))
-"""
+_DROP = "DELETE FROM webhook_deliveries WHERE id = ? AND next_at <= ?"
 
 # The number of attempts is the fencing token.
 _FINISH_DELIVERY = """
@@ -185,8 +185,40 @@ class DeliveryRecord:
         return "delivered" if self.delivered_at else "dead" if self.dead_at else "pending"
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeliveryResult:
+    """How an attempt to send a delivery ended."""
+
+    #: As it was claimed.
+    delivery: DeliveryRecord
+    ended_at: datetime
+    #: When to try again; None with an error gives the delivery up, without one it is delivered.
+    retry_at: datetime | None = None
+    #: The HTTP status of the response; None without one.
+    status: int | None = None
+    error: str | None = None
+
+
 #: Values of `DeliveryRecord.status`.
 DELIVERY_STATES = ("pending", "delivered", "dead")
+
+
+def _finish(transaction: Transaction, results: Sequence[DeliveryResult]) -> list[bool]:
+    """Record results. :return: which of them count."""
+    found = []
+    for result in results:
+        is_delivered = result.error is None
+        row = {
+            "id": result.delivery.id,
+            "attempts": result.delivery.attempts,
+            "next_at": None if result.retry_at is None else to_text(result.retry_at),
+            "delivered_at": to_text(result.ended_at) if is_delivered else None,
+            "dead_at": None if is_delivered or result.retry_at else to_text(result.ended_at),
+            "status": result.status,
+            "error": result.error,
+        }
+        found.append(bool(transaction.execute(_FINISH_DELIVERY, row).rowcount))
+    return found
 
 
 class Webhooks:
@@ -194,11 +226,11 @@ class Webhooks:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        #: Owner -> host with which the next claim begins; only of owners with many hosts.
+        #: Owner -> host with which the next list begins; only of owners with many hosts.
         self._first_hosts: dict[str, str] = {}
-        #: Owner -> number of the claim that took its deliveries last.
-        self._last_claims: dict[str, int] = {}
-        self._claims = 0
+        #: Owner -> number of the list that had its deliveries last.
+        self._last_turns: dict[str, int] = {}
+        self._turns = 0
 
     def add_endpoint(self, endpoint: EndpointRecord) -> None:
         """Add an endpoint."""
@@ -250,21 +282,16 @@ class Webhooks:
             raise UnknownWebhook(f"There is no webhook {endpoint_id[:80]}. See: mlg webhooks list")
         return secret
 
-    def claim_deliveries(
-        self,
-        *,
-        now: datetime,
-        lease_ends_at: datetime,
-        limit: int,
-        per_owner: int,
-        sending: Collection[tuple[str, str]] = (),
+    def list_due(
+        self, *, now: datetime, limit: int, per_owner: int, sending: Collection[tuple[str, str]] = ()
     ) -> list[DeliveryRecord]:
-        """Claim due deliveries, in turns of their owners, and of an owner's in turns of its hosts.
+        """List deliveries that are due, in turns of their owners, and of an owner's in turns of its hosts.
+
+        Reading needs no write lock: it is held only when those that were chosen here are claimed.
 
         :param per_owner: how many of one owner may be in progress, and of one host MAX_DELIVERIES_PER_HOST.
         :param sending: owner and host of each delivery that the process has in progress.
         """
-        # Reading needs no write lock: it is held only for those that were chosen.
         if self._database.row(_IS_DUE, (to_text(now),)) is None:
             return []
         owners, hosts = Counter(owner for owner, _ in sending), Counter(sending)
@@ -275,25 +302,57 @@ class Webhooks:
                 count = per_owner - owners[owner]
                 if count > 0:
                     due = self._due(connection, owner, hosts, to_text(now))
-                    last = self._last_claims.get(owner, 0)
+                    last = self._last_turns.get(owner, 0)
                     found += [(owners[owner] + turn, last, id, owner) for turn, id in enumerate(due[:count])]
         chosen = sorted(found)[:limit]
         if not chosen:
             return []
-        self._claims += 1
-        self._last_claims |= {owner: self._claims for *_, owner in chosen}
-        ids = [id for _, _, id, _ in chosen]
-        values = {"ids": json.dumps(ids), "now": to_text(now), "lease_ends_at": to_text(lease_ends_at)}
-        rows = self._database.write(lambda transaction: transaction.execute(_CLAIM, values).fetchall())
-        return [from_row(DeliveryRecord, row) for row in rows]
+        self._turns += 1
+        self._last_turns |= {owner: self._turns for *_, owner in chosen}
+        return self._database.records(DeliveryRecord, _FOUND, (json.dumps([id for _, _, id, _ in chosen]),))
+
+    def claim_deliveries(
+        self,
+        payloads: Mapping[str, str | None],
+        *,
+        now: datetime,
+        lease_ends_at: datetime,
+        dropped: Collection[str] = (),
+        results: Sequence[DeliveryResult] = (),
+    ) -> list[DeliveryRecord]:
+        """Claim deliveries that are still due and save their bodies; first record results. All in one commit.
+
+        :param payloads: id -> body, so that every attempt sends the same. The first one counts, and none is saved when
+            the request or batch was deleted meanwhile.
+        :param dropped: ids of deliveries whose event no longer holds; they are deleted if they are still due.
+        :param results: of earlier claims, see `finish_deliveries`.
+        """
+        times = {"now": to_text(now), "lease_ends_at": to_text(lease_ends_at)}
+
+        def write(transaction: Transaction) -> list[DeliveryRecord]:
+            _finish(transaction, results)
+            transaction.execute_many(_DROP, [(id, times["now"]) for id in dropped])
+            claimed = []
+            for id, payload in payloads.items():
+                claimed += transaction.execute(_CLAIM, {**times, "id": id, "payload": payload}).fetchall()
+            return [from_row(DeliveryRecord, row) for row in claimed]
+
+        return self._database.write(write)
+
+    def finish_deliveries(self, results: Sequence[DeliveryResult]) -> list[bool]:
+        """Record the results of attempts in one commit.
+
+        :return: for each of them, False when the lease had ended and another sender has claimed the delivery.
+        """
+        return self._database.write(lambda transaction: _finish(transaction, results))
 
     def _due(
         self, connection: sqlite3.Connection, owner: str, sending: Mapping[tuple[str, str], int], now: str
     ) -> list[str]:
         """Return the ids of an owner's deliveries that may be claimed, in turns of the hosts, the oldest first."""
         first = self._first_hosts.pop(owner, "")
-        hosts = list(itertools.islice(self._values(connection, _NEXT_HOST, (owner,), first), MAX_HOSTS_PER_CLAIM))
-        if len(hosts) == MAX_HOSTS_PER_CLAIM:
+        hosts = list(itertools.islice(self._values(connection, _NEXT_HOST, (owner,), first), MAX_HOSTS_PER_LIST))
+        if len(hosts) == MAX_HOSTS_PER_LIST:
             self._first_hosts[owner] = f"{hosts[-1]}\0"
         due = []
         for host in hosts:
@@ -309,41 +368,9 @@ class Webhooks:
             yield value
             start = f"{value}\0"
 
-    def save_payload(self, id: str, payload: str) -> bool:
-        """Save the body of a delivery, so that every attempt sends the same. The first one counts.
-
-        :return: False when the request or batch was deleted meanwhile; then nothing was saved.
-        """
-        return bool(self._database.execute(_SAVE_PAYLOAD, {"id": id, "payload": payload}))
-
     def delete_delivery(self, id: str) -> None:
         """Delete a delivery whose event no longer holds."""
         self._database.execute("DELETE FROM webhook_deliveries WHERE id = ?", (id,))
-
-    def finish_delivery(
-        self,
-        delivery: DeliveryRecord,
-        *,
-        now: datetime,
-        retry_at: datetime | None,
-        status: int | None,
-        error: str | None,
-    ) -> bool:
-        """Record the result of an attempt.
-
-        :param retry_at: when to try again; None with an error gives the delivery up, without one it is delivered.
-        :return: False when the lease had ended and another sender has claimed the delivery.
-        """
-        row = {
-            "id": delivery.id,
-            "attempts": delivery.attempts,
-            "next_at": None if retry_at is None else to_text(retry_at),
-            "delivered_at": to_text(now) if error is None else None,
-            "dead_at": to_text(now) if error is not None and retry_at is None else None,
-            "status": status,
-            "error": error,
-        }
-        return bool(self._database.execute(_FINISH_DELIVERY, row))
 
     def disable_endpoint(self, id: str, *, reason: str, now: datetime) -> None:
         """Disable an endpoint and give up its pending deliveries."""
@@ -368,4 +395,6 @@ class Webhooks:
 
     def purge(self, *, before: datetime) -> int:
         """Delete deliveries that were delivered, or given up, before a time. :return: how many."""
-        return self._database.execute_in_steps(_PURGE, {"before": to_text(before)}, rows_per_commit=ROWS_PER_COMMIT)
+        return self._database.execute_in_steps(
+            _PURGE, {"before": to_text(before)}, rows_per_commit=ROWS_PER_COMMIT, is_background=True
+        )

@@ -122,9 +122,9 @@ _MEMBER_OF_REQUEST = """
     WHERE collection = ? AND request_number = (SELECT number FROM requests WHERE id = ?)
 """
 
-_FORGET_CHANGES = f"""
+_FORGET_CHANGES = """
     DELETE FROM collection_changes WHERE collection = :number AND sequence IN (
-        SELECT sequence FROM collection_changes WHERE collection = :number LIMIT {_CHANGES_PER_COMMIT})
+        SELECT sequence FROM collection_changes WHERE collection = :number LIMIT :rows_per_commit)
 """
 
 _SOME_MEMBERS = "SELECT * FROM collection_members WHERE collection = ? LIMIT ?"
@@ -429,23 +429,26 @@ class Collections:
     def finish_removals(self, *, is_stopping: Callable[[], bool] = lambda: False) -> None:
         """Remove what is left of deleted collections, until it shall stop."""
         for number, id in self._database.rows("SELECT number, id FROM collections WHERE deleted_at IS NOT NULL"):
-            self._finish_removal(number, id, is_stopping)
+            self._finish_removal(number, id, is_stopping, is_background=True)
 
-    def _finish_removal(self, number: int, id: str, is_stopping: Callable[[], bool]) -> None:
-        def remove(transaction: Transaction) -> int:
+    def _finish_removal(
+        self, number: int, id: str, is_stopping: Callable[[], bool], *, is_background: bool = False
+    ) -> None:
+        def remove(transaction: Transaction, rows: int) -> int:
             if is_stopping():
                 return 0
-            found = transaction.execute(_SOME_MEMBERS, (number, _MEMBERS_PER_COMMIT)).fetchall()
+            found = transaction.execute(_SOME_MEMBERS, (number, rows)).fetchall()
             return remove_members(transaction, found)
 
-        def forget(transaction: Transaction) -> int:
-            return 0 if is_stopping() else transaction.execute(_FORGET_CHANGES, {"number": number}).rowcount
+        def forget(transaction: Transaction, rows: int) -> int:
+            values = {"number": number, "rows_per_commit": rows}
+            return 0 if is_stopping() else transaction.execute(_FORGET_CHANGES, values).rowcount
 
         shutil.rmtree(self._folder / id, ignore_errors=True)
-        self._database.write_in_steps(remove, rows_per_commit=_MEMBERS_PER_COMMIT)
+        self._database.write_in_steps(remove, rows_per_commit=_MEMBERS_PER_COMMIT, is_background=is_background)
         if is_stopping():
             return
-        self._database.write_in_steps(forget, rows_per_commit=_CHANGES_PER_COMMIT)
+        self._database.write_in_steps(forget, rows_per_commit=_CHANGES_PER_COMMIT, is_background=is_background)
         self._database.execute(
             "DELETE FROM collections WHERE number = :number "
             "AND NOT EXISTS (SELECT 1 FROM collection_members WHERE collection = :number)"

@@ -225,7 +225,9 @@ class Providers:
 
     def purge(self, *, before: datetime) -> int:
         """Delete those that were never rented nor banned and made no offer since a time. :return: how many."""
-        return self._database.execute_in_steps(_PURGE, {"before": to_text(before)}, rows_per_commit=_ROWS_PER_COMMIT)
+        return self._database.execute_in_steps(
+            _PURGE, {"before": to_text(before)}, rows_per_commit=_ROWS_PER_COMMIT, is_background=True
+        )
 
     def list(self) -> builtins.list[ProviderRecord]:
         """List the providers, the last seen first."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -13,6 +13,7 @@ from store.batches import BatchRecord
 from store.clients.webhooks import DeliveryRecord, EndpointRecord, UnknownWebhook, new_secret
 from store.requests import Answer, Blame, NewRequest
 from store.store import Store
+from tests.contracts.deliveries import claim_due, finish
 
 MODEL = "m"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -44,18 +45,8 @@ def answer_all(store: Store) -> None:
     )
 
 
-def claim(
-    store: Store,
-    *,
-    now: datetime = NOW,
-    limit: int = 100,
-    per_owner: int = 100,
-    sending: Collection[tuple[str, str]] = (),
-) -> list[DeliveryRecord]:
-    lease_ends_at = now + timedelta(seconds=60)
-    return store.webhooks.claim_deliveries(
-        now=now, lease_ends_at=lease_ends_at, limit=limit, per_owner=per_owner, sending=sending
-    )
+def claim(store: Store, *, now: datetime = NOW, **how: Any) -> list[DeliveryRecord]:
+    return claim_due(store, now=now, **how)
 
 
 def test_every_final_state_is_delivered_to_each_subscriber(store: Store) -> None:
@@ -150,8 +141,8 @@ def test_a_delivery_is_claimed_by_one_sender_until_its_lease_ends(store: Store) 
     assert [one.attempts for one in claimed] == [1]
     assert [(one.id, one.attempts) for one in later] == [(claimed[0].id, 2)]
     # The first sender was too slow; its result does not count any more.
-    assert not store.webhooks.finish_delivery(claimed[0], now=NOW, retry_at=None, status=500, error="x")
-    assert store.webhooks.finish_delivery(later[0], now=NOW, retry_at=None, status=200, error=None)
+    assert not finish(store, claimed[0], now=NOW, status=500, error="x")
+    assert finish(store, later[0], now=NOW)
     assert store.webhooks.list_deliveries()[0].status == "delivered"
 
 
@@ -196,7 +187,7 @@ def test_an_owner_with_older_deliveries_does_not_come_first_each_time(store: Sto
 
 
 def test_an_owner_with_many_hosts_is_looked_at_in_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("store.clients.webhooks.MAX_HOSTS_PER_CLAIM", 3)
+    monkeypatch.setattr("store.clients.webhooks.MAX_HOSTS_PER_LIST", 3)
     for number in range(7):
         add(store, key_id="many", webhook=f"https://{number}.example.org/")
     answer_all(store)
@@ -209,10 +200,9 @@ def test_an_owner_with_many_hosts_is_looked_at_in_parts(store: Store, monkeypatc
 def test_a_dead_delivery_can_be_sent_again_under_its_id(store: Store) -> None:
     add(store, webhook=URL)
     answer_all(store)
-    (claimed,) = claim(store)
-    store.webhooks.save_payload(claimed.id, "first")
-    store.webhooks.save_payload(claimed.id, "second")
-    store.webhooks.finish_delivery(claimed, now=NOW, retry_at=None, status=500, error="It answered 500.")
+    claim(store, payload="first")
+    (claimed,) = claim(store, now=NOW + timedelta(seconds=61), payload="second")
+    finish(store, claimed, now=NOW, status=500, error="It answered 500.")
     (dead,) = store.webhooks.list_deliveries(status="dead")
 
     redelivered = store.webhooks.redeliver(dead.id, now=NOW)
@@ -255,8 +245,8 @@ def test_old_deliveries_are_deleted_and_pending_ones_never(store: Store) -> None
         add(store, webhook=URL)
     answer_all(store)
     delivered, dead, _ = claim(store)
-    store.webhooks.finish_delivery(delivered, now=NOW, retry_at=None, status=200, error=None)
-    store.webhooks.finish_delivery(dead, now=NOW, retry_at=None, status=500, error="x")
+    finish(store, delivered, now=NOW)
+    finish(store, dead, now=NOW, status=500, error="x")
 
     assert store.webhooks.purge(before=NOW) == 0
     assert store.webhooks.purge(before=NOW + timedelta(days=30)) == 2

@@ -27,9 +27,10 @@ from server.app import create_app
 from server.errors import DeliveryFailed
 from server.http_client import HttpClient
 from server.settings import ServerSettings
-from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, check_webhook, send, sign
+from server.webhooks import GROUP_SIZE, JITTER, LEASE_SECONDS, RETRY_SECONDS, Deliverer, check_webhook, send, sign
 from store.clients.keys import KeyRecord, Scope, UnknownKey, hash_key, make_key
 from store.clients.webhooks import MAX_DELIVERIES_PER_HOST, EndpointRecord, UnknownWebhook, new_secret
+from store.errors import StoreBusy
 from store.requests import Answer
 from store.store import Store
 from tests.conftest import MODEL, OUTPUT, RunningServer
@@ -135,6 +136,7 @@ def deliverer(store: Store, clock: Clock) -> Deliverer:
 def send_due(deliverer: Deliverer) -> None:
     for thread in deliverer.send_due():
         thread.join()
+    deliverer.record()
 
 
 # The signature
@@ -415,6 +417,7 @@ def test_a_slow_receiver_delays_only_itself(
     receiver.may_answer.set()
     for thread in threads:
         thread.join()
+    deliverer.record()
 
     assert slow == 4
     assert sum(one.last_error is not None for one in store.webhooks.list_deliveries()) >= 4
@@ -441,7 +444,7 @@ def test_a_system_time_that_is_set_while_messages_are_sent_loses_none(
     receiver.may_answer.set()
     for sender in [*senders, *again]:
         sender.join(DEADLINE_SECONDS)
-    clock.ahead += timedelta(hours=2)
+    clock.ahead += timedelta(hours=2)  # what has ended is recorded before anything is claimed
     send_due(deliverer)
 
     # A message whose lease seems to have ended is sent again, under the same id.
@@ -451,6 +454,158 @@ def test_a_system_time_that_is_set_while_messages_are_sent_loses_none(
     assert [message["data"]["req_id"] for message in receiver.messages()] == [first] * len(receiver.got)
     assert [one.status for one in store.webhooks.list_deliveries()] == ["delivered"]
     assert deliverer._sending == {}
+
+
+def test_a_group_is_claimed_saved_and_recorded_with_one_commit_for_each_group(
+    client: flask.testing.FlaskClient,
+    store: Store,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for id in ("we_1", "we_2"):
+        events = ("request.done",)
+        store.webhooks.add_endpoint(
+            EndpointRecord(id=id, url=receiver.url, events=events, secret=SECRET, created_at=NOW)
+        )
+    for _ in range(2 * GROUP_SIZE // 2):
+        post(client)
+    answer()
+    writes: list[object] = []
+    write = store.database.write
+    monkeypatch.setattr(store.database, "write", lambda function: (writes.append(function), write(function))[1])
+
+    groups = []
+    for _ in range(2):
+        groups.append(deliverer.send_due())
+        for thread in groups[-1]:
+            thread.join()
+    deliverer.record()
+    deliverer.record()
+    deliverer.send_due()
+
+    assert [len(group) for group in groups] == [GROUP_SIZE, GROUP_SIZE]
+    assert len(writes) == 3
+    assert [one.status for one in store.webhooks.list_deliveries()] == ["delivered"] * 2 * GROUP_SIZE
+
+
+def test_a_message_is_saved_before_it_is_sent(
+    client: flask.testing.FlaskClient,
+    store: Store,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+) -> None:
+    receiver.may_answer.clear()
+    post(client, receiver.url)
+    answer()
+
+    threads = deliverer.send_due()
+    wait_until(lambda: receiver.got)
+    saved = [one.payload for one in store.webhooks.list_deliveries()]
+    receiver.may_answer.set()
+    for thread in threads:
+        thread.join()
+
+    assert saved == [body.decode() for _, body in receiver.got]
+
+
+def test_a_message_that_cannot_be_built_does_not_hold_up_others(
+    client: flask.testing.FlaskClient,
+    store: Store,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    clock: Clock,
+    answer: Callable[..., list[str]],
+) -> None:
+    ids = [post(client, receiver.url) for _ in range(2)]
+    answer()
+    output = json.dumps([["n", "\ud800", 0.5]])  # no text in UTF-8
+    store.database.execute("UPDATE requests SET output = ? WHERE id = ?", (output, ids[0]))
+
+    send_due(deliverer)
+    send_due(deliverer)
+    sent = [message["data"]["req_id"] for message in receiver.messages()]
+    store.database.execute("UPDATE requests SET output = '[]' WHERE id = ?", (ids[0],))
+    clock.ahead += timedelta(seconds=LEASE_SECONDS + 1)
+    send_due(deliverer)
+
+    assert sent == [ids[1]]
+    assert [message["data"]["req_id"] for message in receiver.messages()] == [ids[1], ids[0]]
+
+
+def test_a_result_that_cannot_be_recorded_now_is_recorded_later(
+    client: flask.testing.FlaskClient,
+    store: Store,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    post(client, receiver.url)
+    answer()
+    for thread in deliverer.send_due():
+        thread.join()
+
+    def fail(function: object) -> None:
+        raise StoreBusy
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.database, "write", fail)
+        with pytest.raises(StoreBusy):
+            deliverer.send_due()
+    pending = [one.status for one in store.webhooks.list_deliveries()]
+    send_due(deliverer)
+
+    assert pending == ["pending"]
+    assert [one.status for one in store.webhooks.list_deliveries()] == ["delivered"]
+    assert len(receiver.got) == 1
+
+
+def test_a_stop_records_what_has_ended_and_what_ends_then(
+    client: flask.testing.FlaskClient,
+    store: Store,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.webhooks.GROUP_PAUSE_SECONDS", 120)
+    receiver.may_answer.clear()
+    post(client, receiver.url)
+    post(client, receiver.url.replace("127.0.0.1", "127.0.0.2"))  # nobody listens there
+    answer()
+
+    deliverer.start()
+    wait_until(lambda: receiver.got and deliverer._results)
+    deliverer.stop()
+    at_the_stop = sum(one.last_error is not None for one in store.webhooks.list_deliveries())
+    receiver.may_answer.set()
+
+    wait_until(lambda: store.webhooks.list_deliveries(status="delivered"))
+    assert at_the_stop == 1
+
+
+def test_a_result_is_recorded_while_others_of_its_group_hang(
+    client: flask.testing.FlaskClient,
+    store: Store,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+) -> None:
+    receiver.may_answer.clear()
+    post(client, receiver.url)
+    post(client, receiver.url.replace("127.0.0.1", "127.0.0.2"))  # nobody listens there
+    answer()
+
+    deliverer.start()
+    wait_until(lambda: any(one.last_error is not None for one in store.webhooks.list_deliveries()))
+    deliverer.stop()
+
+    assert store.webhooks.list_deliveries(status="delivered") == []
+    receiver.may_answer.set()
+    wait_until(lambda: store.webhooks.list_deliveries(status="delivered"))
 
 
 def test_a_client_whose_receivers_hang_does_not_delay_the_messages_of_others(

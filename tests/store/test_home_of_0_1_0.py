@@ -34,6 +34,7 @@ from store.processes.controls import Mode
 from store.requests import Answer
 from store.states import RequestState
 from store.store import Store
+from tests.contracts.deliveries import claim_due, finish
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = Path(__file__).with_name("home_of_0_1_0.zip")
@@ -312,11 +313,11 @@ def test_deliveries_that_were_due_are_still_due_and_signed_with_the_same_secret(
     pending = {found["id"]: found for found in expected["records"]["deliveries"] if found["next_at"] is not None}
     claimed: dict[str, int] = {}
 
-    while due := store.webhooks.claim_deliveries(now=at(9000), lease_ends_at=at(9060), limit=100, per_owner=100):
+    while due := claim_due(store, now=at(9000)):
         for delivery in due:
             claimed[delivery.id] = delivery.attempts
             assert store.webhooks.secret(delivery.endpoint_id).startswith("whsec_")
-            assert store.webhooks.finish_delivery(delivery, now=at(9001), retry_at=None, status=204, error=None)
+            assert finish(store, delivery, now=at(9001))
 
     assert claimed == {id: found["attempts"] + 1 for id, found in pending.items()}
     assert store.webhooks.list_deliveries(status="pending") == []

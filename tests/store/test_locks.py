@@ -20,7 +20,7 @@ import pytest
 from store.batches import ARRIVAL_SECONDS, BatchRecord, RefusedItem, UnknownBatch
 from store.clients.keys import KeyRecord, Scope
 from store.clients.webhooks import EndpointRecord
-from store.database import Transaction
+from store.database import STEP_SECONDS, Transaction, _next_rows
 from store.errors import QuotaReached, StoreBusy, StoreError
 from store.images import ImageStore
 from store.processes.process_lock import is_held
@@ -29,6 +29,7 @@ from store.search import Query
 from store.settings import HomeSettings
 from store.states import RequestState
 from store.store import Store
+from tests.contracts.deliveries import claim_due, finish
 from tests.contracts.history import DIGEST, read_facts
 from tests.timing import wait_until
 
@@ -133,8 +134,8 @@ def prepare_delivered(store: Store) -> None:
     prepare_answered(store)
     now = datetime.now(UTC)
     for _ in range(MANY):
-        for each in store.webhooks.claim_deliveries(now=now, lease_ends_at=now, limit=8, per_owner=8):
-            store.webhooks.finish_delivery(each, now=NOW, retry_at=None, status=200, error=None)
+        for each in claim_due(store, now=now, lease_ends_at=now, limit=8, per_owner=8):
+            finish(store, each, now=NOW)
 
 
 def prepare_pending(store: Store) -> None:
@@ -218,6 +219,67 @@ def test_steps_do_not_pause_while_nobody_waits(store: Store, monkeypatch: pytest
     assert pauses == []
 
 
+def test_steps_in_the_background_pause_as_long_as_they_took(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(store.database._background_ends, "wait", pauses.append)
+
+    for _ in store.database.write_each([lambda transaction: time.sleep(0.01)] * 3, is_background=True):
+        pass
+
+    assert len(pauses) == 3
+    assert pauses[0] == 0
+    assert min(pauses[1:]) >= 0.01
+
+
+def test_steps_in_the_background_end_when_they_shall(store: Store) -> None:
+    allowed: list[int] = []
+
+    def write(transaction: Transaction, rows: int) -> int:
+        allowed.append(rows)
+        store.retention.stop()
+        return rows
+
+    changed = store.database.write_in_steps(write, rows_per_commit=20, is_background=True)
+    later = store.database.write_in_steps(write, rows_per_commit=20, is_background=True)
+
+    assert (allowed, changed, later) == ([20], 20, 0)
+
+
+def test_all_steps_of_a_purge_are_in_the_background(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_each, found = store.database.write_each, []
+
+    def note(writes: Any, *, is_background: bool = False) -> Any:
+        found.append(is_background)
+        return write_each(writes, is_background=is_background)
+
+    monkeypatch.setattr(store.database, "write_each", note)
+
+    purge(store, images=1, results=1, at=1)
+
+    # Requests twice, images, changes, deliveries, kept responses, providers.
+    assert len(found) >= 7
+    assert all(found)
+
+
+def test_the_next_step_changes_as_many_rows_as_its_time_allows() -> None:
+    assert [_next_rows(10, 0.0, 50), _next_rows(40, STEP_SECONDS / 3, 50)] == [20, 50]
+    assert [_next_rows(50, 2 * STEP_SECONDS, 50), _next_rows(40, STEP_SECONDS, 50)] == [25, 40]
+    assert [_next_rows(50, 1.0, 50), _next_rows(10, 1.0, 50), _next_rows(3, 1.0, 3)] == [10, 10, 3]
+
+
+def test_slow_steps_get_smaller(store: Store) -> None:
+    allowed: list[int] = []
+
+    def write(transaction: Transaction, rows: int) -> int:
+        allowed.append(rows)
+        time.sleep(rows * STEP_SECONDS / 5)
+        return rows if len(allowed) < 3 else 0
+
+    changed = store.database.write_in_steps(write, rows_per_commit=50)
+
+    assert (allowed, changed) == ([50, 10, 10], 60)
+
+
 def test_steps_leave_the_lock_to_a_process_that_waits(store: Store, home: Path) -> None:
     done = threading.Event()
 
@@ -282,9 +344,7 @@ def record_statements(store: Store, monkeypatch: pytest.MonkeyPatch) -> dict[str
 #: Lists, claims and what else is done with the lock held or for each page.
 READS: dict[str, Callable[[Store], object]] = {
     "claim": lambda store: claim(store),
-    "claim deliveries": lambda store: store.webhooks.claim_deliveries(
-        now=after(99), lease_ends_at=after(199), limit=9, per_owner=4
-    ),
+    "claim deliveries": lambda store: claim_due(store, now=after(99), limit=9, per_owner=4),
     "list requests": lambda store: [
         store.requests.list(state=state, before=before)
         for state in (None, RequestState.FAILED, RequestState.CANCELLED)
@@ -428,9 +488,7 @@ def test_work_does_not_grow_with_the_rows_that_are_passed_over(tmp_path: Path, n
             store.changes.purge(before=after(999))
 
     work: dict[str, Callable[[Store], object]] = {
-        "claim deliveries": lambda store: store.webhooks.claim_deliveries(
-            now=after(9), lease_ends_at=after(99), limit=4, per_owner=4
-        ),
+        "claim deliveries": lambda store: claim_due(store, now=after(9), limit=4, per_owner=4),
         "one failed of a key": lambda store: store.search.find(Query(key_id="k", status="failed")),
         "images to delete": lambda store: purge(store, images=2, results=-9, at=-9),
         "dead deliveries": lambda store: store.webhooks.list_deliveries(status="dead"),
@@ -587,7 +645,7 @@ def test_a_batch_that_was_refused_as_a_whole_reports_its_end(store: Store) -> No
 
     add_batch(store, 0, refused=2, webhook="https://example.net/own")
 
-    due = store.webhooks.claim_deliveries(now=after(1), lease_ends_at=after(9), limit=9, per_owner=9)
+    due = claim_due(store, now=after(1))
     assert sorted((one.event, one.subject, one.url) for one in due) == [
         ("batch.done", "b", "https://example.net/own"),
         ("batch.done", "b", "https://example.org/hook"),
@@ -688,10 +746,10 @@ def test_what_a_webhook_said_goes_with_the_request(store: Store, delete: str) ->
     add_batch(store, 1, refused=1)
     answer_all(store)
     now = datetime.now(UTC)
-    due = store.webhooks.claim_deliveries(now=now, lease_ends_at=now, limit=9, per_owner=9)
+    due = claim_due(store, now=now, payload="what the client sent")
+    assert [one.payload for one in due] == ["what the client sent"] * 2
     for one in due:
-        assert store.webhooks.save_payload(one.id, "what the client sent")
-        store.webhooks.finish_delivery(one, now=NOW, retry_at=None, status=200, error=None)
+        finish(store, one, now=NOW)
 
     if delete == "request":
         store.requests.remove("b-0")
@@ -703,7 +761,8 @@ def test_what_a_webhook_said_goes_with_the_request(store: Store, delete: str) ->
 
     assert [one.payload for one in store.webhooks.list_deliveries()] == [None, None]
     # A sender that had built it before is too late.
-    assert not store.webhooks.save_payload(due[0].id, "what the client sent")
+    store.webhooks.redeliver(due[0].id, now=NOW)
+    assert [one.payload for one in claim_due(store, now=now, payload="what the client sent")] == [None]
 
 
 # Progress
