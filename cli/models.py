@@ -173,7 +173,7 @@ def _input_cell(row: dict[str, Any]) -> str:
 
 def _installed_cells(row: dict[str, Any]) -> tuple[str, ...]:
     if not row["installed"]:
-        return ("on first use" if row["builds_on_first_use"] else "no", "", "", "", "")
+        return ("first use" if row["builds_on_first_use"] else "no", "", "", "", "")
     speed = row["images_per_second"]
     size = f"{row['size_bytes'] / 1e6:.1f}"
     return (

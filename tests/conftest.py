@@ -110,15 +110,13 @@ def embedding_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def trained_models_folder(
-    embedding_models_folder: Path, photos: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def trained_models_folder(embedding_models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with an embedding and `ratings`, a regression that was trained on it. Must not be changed."""
     from tests.trained_models import BACKBONE, install_ratings
 
     folder = tmp_path_factory.mktemp("trained-models")
     (folder / BACKBONE).symlink_to(embedding_models_folder / BACKBONE)
-    install_ratings(folder, photos["coffee"])
+    install_ratings(folder)
     return folder
 
 

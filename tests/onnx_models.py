@@ -11,8 +11,8 @@ import onnx
 import onnx.numpy_helper
 import onnxruntime
 
-from provider_image.compiler import onnx_model
 from provider_image.compiler.custom import CustomModel
+from provider_image.compiler.onnx_models import builder
 from provider_image.models.artefact import Artefact
 
 SIDE = 32
@@ -133,4 +133,4 @@ def install_unusual(models: Path) -> Artefact:
     labels.write_text("\n".join(PETS))
     file = write(network(before_end=hidden_determinant()), models.parent / "unusual.onnx")
     custom = CustomModel(name="unusual", kind="onnx", file=file, labels=labels, preprocessing="torch", channels="bgr")
-    return onnx_model.build(models, custom)
+    return builder.build(models, custom)

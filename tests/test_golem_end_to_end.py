@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from decimal import Decimal
 from pathlib import Path
@@ -21,8 +22,8 @@ from tests.timing import wait_until
 
 
 def make_home(folder: Path, models: Path) -> Path:
-    folder.mkdir()
-    (folder / "models").symlink_to(models)
+    # A copy: the devnet installs further models.
+    shutil.copytree(models, folder / "models")
     return folder
 
 

@@ -43,8 +43,10 @@ from tests.seeded_weights import seeded_network, write_weights
 
 ROWS = [row for row in CATALOGUE.values() if row.source == "keras" and row.base is None]
 SMALL = CATALOGUE["mobilenet_v2"]
-#: Models that differ from another one only in depth and width.
+#: Models that differ from others only in depth and width, or are made of their blocks.
 LARGER = {
+    "inception_resnet_v2",
+    "xception",
     "densenet169",
     "densenet201",
     "resnet101",
@@ -121,8 +123,12 @@ def keras_answers(row: ModelRow, network, images: list[Image.Image]) -> np.ndarr
 def keras_vectors(row: ModelRow, network, images: list[Image.Image]) -> list[np.ndarray]:
     """What a sub-model of Keras returns before the last layer, with the length 1."""
     keras = importlib.import_module("keras")
-    found = keras_answers(row, keras.Model(network.input, network.layers[-1].input), images).astype(np.float64)
-    return list(found / np.linalg.norm(found, axis=1, keepdims=True))
+    return unit_length(keras_answers(row, keras.Model(network.input, network.layers[-1].input), images))
+
+
+def unit_length(vectors: np.ndarray) -> list[np.ndarray]:
+    wide = vectors.astype(np.float64)
+    return list(wide / np.linalg.norm(wide, axis=1, keepdims=True))
 
 
 def embed(artefact: Artefact, images: list[np.ndarray]) -> list[np.ndarray]:
@@ -184,11 +190,13 @@ def test_row_names_the_file_that_keras_itself_asks_for(keras_model):
 def test_compiled_model_answers_as_keras_does(keras_model, tmp_path):
     row, photos = keras_model.row, photos_for(keras_model.row)
     network, keras_model.network = seeded_network(row, make=lambda: keras_model.network), None
-    expected = keras_answers(row, network, [seen for _, seen in photos])
-    vectors = keras_vectors(row, network, [seen for _, seen in photos])
+    keras = importlib.import_module("keras")
+    both = keras.Model(network.input, [network.layers[-1].input, network.output])
+    vectors, expected = keras_answers(row, both, [seen for _, seen in photos])
+    vectors = unit_length(vectors)
     path = tmp_path / row.weights.file
     write_weights(network, path)
-    del network
+    del network, both
 
     artefact = keras_applications.build(tmp_path / "models", row, find_weights(row, sources(tmp_path)))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from provider_image.compiler import onnx_file
+from provider_image.compiler.onnx_models import file as onnx_file
 from provider_image.compiler.onnx_models.file import MAX_OPSET, MIN_OPSET, OPERATORS, check_onnx_file, check_shapes
 from provider_image.errors import CompilerMissing, ModelError, UnsafeModelFile, UnsuitableModel
 from tests.onnx_models import move_weights_out, network, onnx, place, write

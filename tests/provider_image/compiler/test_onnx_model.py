@@ -15,8 +15,9 @@ import pytest
 from provider_image.backends import Device, load_net
 from provider_image.backends.onnxruntime import OnnxruntimeNet
 from provider_image.check import check_model
-from provider_image.compiler import confined, embedding, onnx_model
+from provider_image.compiler import confined, embedding
 from provider_image.compiler.custom import CustomModel
+from provider_image.compiler.onnx_models import builder as onnx_model
 from provider_image.compiler.onnx_models.file import MAX_OPSET, MIN_OPSET
 from provider_image.errors import (
     BrokenArtefact,

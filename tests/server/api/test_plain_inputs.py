@@ -240,7 +240,7 @@ def test_results_of_a_batch_are_labels_and_numbers(client: flask.testing.FlaskCl
 
     numbers, labels = (client.get(f"/batches/{id}/results.csv").text.splitlines() for id in (rows, texts))
 
-    assert numbers[0].endswith(",value") and numbers[1].endswith(",2.5")
+    assert numbers[0].endswith(",value,unknown") and numbers[1].endswith(",2.5,")
     assert ",good,0.9," in labels[1]
     assert client.get(f"/batches/{texts}/contact-sheet.png").status_code == 200
     assert "good" in client.get(f"/ui/batches/{texts}", headers=PAGE).text
