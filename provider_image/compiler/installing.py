@@ -18,8 +18,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from provider_image.errors import NotInstalled
-from provider_image.models.artefact import Artefact, compute_digest, read_artefact
+from provider_image.errors import BrokenArtefact, NotInstalled
+from provider_image.models.artefact import Artefact, compute_digest, find_artefact, read_artefact
 from provider_image.models.catalogue import ModelFacts
 
 # Constants of Linux' renameat2.
@@ -53,6 +53,16 @@ def build_folder(models: Path, name: str) -> Iterator[Path]:
 def begin_artefact(row: ModelFacts, **facts: Any) -> Artefact:
     """Make the artefact of a model that is being built. :param facts: what the row does not have."""
     return Artefact(**{each.name: getattr(row, each.name) for each in fields(ModelFacts)} | facts)
+
+
+def find_same(models: Path, draft: Artefact) -> Artefact | None:
+    """Return the installed artefact that a draft would become again; None if there is none or it cannot be used."""
+    with contextlib.suppress(NotInstalled, BrokenArtefact):
+        installed = find_artefact(models, draft.name)
+        kept = {name: getattr(installed, name) for name in ("format", "precision", "files")}
+        if compute_digest(replace(draft, **kept)) == installed.digest:
+            return installed
+    return None
 
 
 def with_files(artefact: Artefact, files: Sequence[str]) -> Artefact:

@@ -5,21 +5,20 @@ Called by `mlg models compile`. A catalogue row names the class; no model is tre
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.compiler.installing import begin_artefact, build_folder
+from provider_image.compiler.installing import begin_artefact, build_folder, find_same
 from provider_image.compiler.keras_file import check_weights
 from provider_image.compiler.keras_graph import keras_session, to_graph
 from provider_image.compiler.keras_weights import WeightsFile
 from provider_image.compiler.labels import imagenet_labels
 from provider_image.compiler.verification import verify_and_install
-from provider_image.errors import BrokenArtefact, NotInstalled, UnsafeModelFile, WeightsMismatch
-from provider_image.models.artefact import Artefact, compute_digest, find_artefact
+from provider_image.errors import UnsafeModelFile, WeightsMismatch
+from provider_image.models.artefact import Artefact
 from provider_image.models.catalogue import ModelRow
 from provider_image.precision import TOLERANCE
 
@@ -53,12 +52,8 @@ def build(
         draft = begin_artefact(
             row, labels=imagenet_labels(), weights_sha256=weights.sha256, recipe=RECIPE, reference="keras"
         )
-        if not again:
-            with contextlib.suppress(NotInstalled, BrokenArtefact):
-                installed = find_artefact(models, row.name)
-                kept = {name: getattr(installed, name) for name in ("format", "precision", "files")}
-                if compute_digest(replace(draft, **kept)) == installed.digest:
-                    return installed
+        if not again and (installed := find_same(models, draft)) is not None:
+            return installed
         on_step("starting Keras")
         with keras_session() as keras:
             source = row.source if weights.is_published else "own"

@@ -6,16 +6,14 @@ compared with the same network in numpy, in double precision.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.backends.openvino import import_openvino
 from provider_image.compiler.custom import CustomModel, begin_custom, check_description
-from provider_image.compiler.installing import begin_artefact, build_folder
+from provider_image.compiler.installing import begin_artefact, build_folder, find_same
 from provider_image.compiler.labels import imagenet_labels, read_labels
 from provider_image.compiler.transformers.folder import (
     PREPROCESSOR,
@@ -29,8 +27,8 @@ from provider_image.compiler.transformers.folder import (
 from provider_image.compiler.transformers.network import count_features, numpy_probabilities, to_graph
 from provider_image.compiler.transformers.safetensors_file import Weights
 from provider_image.compiler.verification import verify_and_install
-from provider_image.errors import BrokenArtefact, NotInstalled, UnsuitableModel, WeightsMismatch, WeightsMissing
-from provider_image.models.artefact import Artefact, compute_digest, find_artefact
+from provider_image.errors import UnsuitableModel, WeightsMismatch, WeightsMissing
+from provider_image.models.artefact import Artefact
 from provider_image.models.catalogue import ModelRow
 from provider_image.precision import TOLERANCE
 
@@ -69,12 +67,8 @@ def build(
         row, labels=imagenet_labels(), weights_sha256=_sha256(*paths), recipe=RECIPE, reference=_REFERENCE
     )
     with build_folder(models, row.name) as work:
-        if not again:
-            with contextlib.suppress(NotInstalled, BrokenArtefact):
-                installed = find_artefact(models, row.name)
-                kept = {name: getattr(installed, name) for name in ("format", "precision", "files")}
-                if compute_digest(replace(draft, **kept)) == installed.digest:
-                    return installed
+        if not again and (installed := find_same(models, draft)) is not None:
+            return installed
         on_step("reading weights")
         weights = Weights(paths[1])
         if count_features(weights, description) != row.features:
