@@ -46,7 +46,19 @@ _BATCH = "Batch"
 _AFTER = Field(name="after", help="The `cursor` of the last line that you have: only what ended after it.")
 #: Fields of a refused image.
 _REFUSED = "client_id position code reason"
-_BINARY = {"type": "string", "format": "binary"}
+BINARY = {"type": "string", "format": "binary"}
+#: Bodies that bring many images.
+MANY_IMAGES = {
+    "multipart/form-data": {
+        "type": "object",
+        "properties": {
+            "image": {"type": "array", "items": BINARY, "maxItems": MAX_ITEMS},
+            "client_id": {"type": "array", "items": {"type": "string"}},
+            "archive": BINARY,
+        },
+    },
+    "application/zip": BINARY,
+}
 _operation = functools.partial(operation, tag="batches")
 _results_operation = functools.partial(_operation, scope=Scope.READ, query=(_AFTER, *service_fields(is_read=True)))
 
@@ -60,15 +72,7 @@ class BatchViews(Views):
         Scope.SUBMIT,
         query=(*service_fields(), FRESH, NAME, WEBHOOK, *REQUEST_OPTIONS),
         body={
-            "multipart/form-data": {
-                "type": "object",
-                "properties": {
-                    "image": {"type": "array", "items": _BINARY, "maxItems": MAX_ITEMS},
-                    "client_id": {"type": "array", "items": {"type": "string"}},
-                    "archive": _BINARY,
-                },
-            },
-            "application/zip": _BINARY,
+            **MANY_IMAGES,
             "application/jsonl": {
                 "type": "object",
                 "properties": {

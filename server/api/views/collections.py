@@ -32,7 +32,7 @@ from server.api.query import (
     read_query,
 )
 from server.api.responses import json_response
-from server.api.views.batches import show_item
+from server.api.views.batches import BINARY, MANY_IMAGES, show_item
 from server.auth.guard import caller_check, current_key_id
 from server.context import Views
 from server.endpoint import Field, operation
@@ -64,7 +64,6 @@ _DEFAULT_WAIT_SECONDS = 30.0
 _MAX_JSON_BYTES = 1024 * 1024
 #: Labels that one search filters by. Each may be that of every image.
 _MAX_FILTERS = 4
-_BINARY = {"type": "string", "format": "binary"}
 _K = Field(
     name="k",
     help="How many images at most.",
@@ -186,15 +185,7 @@ class CollectionViews(Views):
         Scope.SUBMIT,
         query=REQUEST_OPTIONS,
         body={
-            "multipart/form-data": {
-                "type": "object",
-                "properties": {
-                    "image": {"type": "array", "items": _BINARY, "maxItems": MAX_ITEMS},
-                    "client_id": {"type": "array", "items": {"type": "string"}},
-                    "archive": _BINARY,
-                },
-            },
-            "application/zip": _BINARY,
+            **MANY_IMAGES,
             "application/jsonl": {
                 "type": "object",
                 "properties": {"client_id": {"type": "string"}, "url": {"type": "string", "format": "uri"}},
@@ -321,8 +312,8 @@ class CollectionViews(Views):
         Scope.SUBMIT,
         query=(_K, _THRESHOLD, _FILTER, WAIT),
         body={
-            "multipart/form-data": {"type": "object", "required": ["image"], "properties": {"image": _BINARY}},
-            "image/*": _BINARY,
+            "multipart/form-data": {"type": "object", "required": ["image"], "properties": {"image": BINARY}},
+            "image/*": BINARY,
             "application/json": {
                 "type": "object",
                 "properties": {
@@ -331,7 +322,7 @@ class CollectionViews(Views):
                 },
                 "examples": [{"req_id": "01a21cafe51d24a7e2a895bc53889c9f"}],
             },
-            "application/octet-stream": {**_BINARY, "description": "A vector: f32 values, little-endian."},
+            "application/octet-stream": {**BINARY, "description": "A vector: f32 values, little-endian."},
         },
         responses={200: "Matches", 202: "Submitted"},
         errors=(410,),

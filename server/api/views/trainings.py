@@ -16,6 +16,7 @@ from werkzeug.wrappers import Response
 from provider_image.compiler.versions import UnknownVersion
 from server.api.query import CURSOR, LIMIT, PageQuery, read_query
 from server.api.responses import json_response, set_headers
+from server.api.views.batches import BINARY
 from server.auth.guard import is_owner
 from server.context import Views
 from server.csv_cells import to_cell
@@ -29,7 +30,6 @@ from store.trainings.records import TrainingRecord
 
 #: Refused examples that the response names; the figures name more.
 MAX_REFUSED = 100
-_BINARY = {"type": "string", "format": "binary"}
 _operation = functools.partial(operation, tag="trainings")
 
 
@@ -42,9 +42,9 @@ class TrainingViews(Views):
         Scope.TRAIN,
         query=OPTIONS,
         body={
-            "application/zip": _BINARY,
+            "application/zip": BINARY,
             "text/csv": {"type": "string", "description": "A table, with `target`; texts, with `text` too."},
-            "multipart/form-data": {"type": "object", "required": ["archive"], "properties": {"archive": _BINARY}},
+            "multipart/form-data": {"type": "object", "required": ["archive"], "properties": {"archive": BINARY}},
         },
         responses={202: "TrainingSubmitted"},
     )
