@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import InferenceFailed, MalformedResults
-from provider_image.images.resizing import load_image
-from provider_image.service import IMAGE_INPUT, Difference, Input, Output, OutputFile, Param
+from provider_image.service import Difference, Output, OutputFile, Param
+from provider_image.services.one_image import OneImage
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from provider_image.backends import Device, Net
+    from provider_image.backends import Net
     from provider_image.models.artefact import Artefact
 
 #: Number of labels in an output; fewer if the model has fewer.
@@ -37,13 +37,12 @@ TOP = Param(
 )
 
 
-class Classification:
+class Classification(OneImage):
     """See `provider_image.service.Service`."""
 
     name = "classification"
     title = "Classification"
     help = "Classifies an image: labels of the model's classes with their probabilities, most probable first."
-    inputs: Mapping[str, Input] = {"image": IMAGE_INPUT}
     params = (TOP,)
     outputs: Mapping[str, OutputFile] = {}
     output_schema: Mapping[str, Any] = {
@@ -68,18 +67,6 @@ class Classification:
         ("n02127052", "lynx", 0.015),
         ("n04589890", "window_screen", 0.001),
     )
-
-    def load(self, artefact: Artefact, device: Device) -> Net:
-        """Load the artefact's graph."""
-        from provider_image.backends import load_net
-
-        return load_net(artefact, device)
-
-    def prepare(
-        self, artefact: Artefact, inputs: Mapping[str, bytes], params: Mapping[str, Any], *, is_resized: bool = False
-    ) -> Any:
-        """Decode the image to the model's input size."""
-        return load_image(inputs["image"], artefact, is_resized=is_resized)
 
     def run(self, net: Net, items: Sequence[Any], params: Sequence[Mapping[str, Any]]) -> list[Output]:
         """Classify decoded images. :raises InferenceFailed: the net did not return probabilities."""

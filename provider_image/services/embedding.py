@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import InferenceFailed, MalformedResults
-from provider_image.images.resizing import load_image
-from provider_image.service import IMAGE_INPUT, Difference, Input, Output, OutputFile, Param
+from provider_image.service import Difference, Output, OutputFile, Param
+from provider_image.services.one_image import OneImage
 
 if TYPE_CHECKING:
-    from provider_image.backends import Device, Net
+    from provider_image.backends import Net
     from provider_image.models.artefact import Artefact
 
 #: Most values of a vector.
@@ -28,13 +28,12 @@ _VALUE_BYTES = 4
 _LENGTH_TOLERANCE = 1e-3
 
 
-class Embedding:
+class Embedding(OneImage):
     """See `provider_image.service.Service`."""
 
     name = "embedding"
     title = "Embedding"
     help = "Turns an image into a vector of unit length: the more alike two images are, the larger the dot product."
-    inputs: Mapping[str, Input] = {"image": IMAGE_INPUT}
     params: tuple[Param, ...] = ()
     outputs: Mapping[str, OutputFile] = {
         VECTOR: OutputFile(
@@ -56,18 +55,6 @@ class Embedding:
         },
     }
     example: Mapping[str, Any] = {"dimensions": 1280}
-
-    def load(self, artefact: Artefact, device: Device) -> Net:
-        """Load the artefact's graph."""
-        from provider_image.backends import load_net
-
-        return load_net(artefact, device)
-
-    def prepare(
-        self, artefact: Artefact, inputs: Mapping[str, bytes], params: Mapping[str, Any], *, is_resized: bool = False
-    ) -> Any:
-        """Decode the image to the model's input size."""
-        return load_image(inputs["image"], artefact, is_resized=is_resized)
 
     def run(self, net: Net, items: Sequence[Any], params: Sequence[Mapping[str, Any]]) -> list[Output]:
         """Compute the vectors of decoded images. :raises InferenceFailed: the net did not return vectors."""

@@ -8,25 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from provider_image.images.resizing import load_image
-from provider_image.service import IMAGE_INPUT, Difference, Input, Output, OutputFile, Param
+from provider_image.service import Difference, Output, OutputFile, Param
+from provider_image.services.one_image import OneImage
 from provider_image.services.scores import VALUE_SCHEMA, check_value, compare_numbers, make_value
 
 if TYPE_CHECKING:
-    from provider_image.backends import Device, Net
+    from provider_image.backends import Net
     from provider_image.models.artefact import Artefact
 
 #: Values are rounded to this many digits: two correct machines differ in the last of them.
 _DIGITS = 7
 
 
-class Regression:
+class Regression(OneImage):
     """See `provider_image.service.Service`."""
 
     name = "regression"
     title = "Regression"
     help = "Rates an image: one number, in the unit of the numbers that the model learned from."
-    inputs: Mapping[str, Input] = {"image": IMAGE_INPUT}
     params: tuple[Param, ...] = ()
     outputs: Mapping[str, OutputFile] = {}
     output_schema: Mapping[str, Any] = {
@@ -35,18 +34,6 @@ class Regression:
         "properties": {"value": VALUE_SCHEMA},
     }
     example: Mapping[str, Any] = {"value": 3.72}
-
-    def load(self, artefact: Artefact, device: Device) -> Net:
-        """Load the artefact's graph."""
-        from provider_image.backends import load_net
-
-        return load_net(artefact, device)
-
-    def prepare(
-        self, artefact: Artefact, inputs: Mapping[str, bytes], params: Mapping[str, Any], *, is_resized: bool = False
-    ) -> Any:
-        """Decode the image to the model's input size."""
-        return load_image(inputs["image"], artefact, is_resized=is_resized)
 
     def run(self, net: Net, items: Sequence[Any], params: Sequence[Mapping[str, Any]]) -> list[Output]:
         """Rate decoded images. :raises InferenceFailed: the net did not return one finite number for each."""
