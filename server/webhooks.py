@@ -52,9 +52,9 @@ POLL_SECONDS = 0.25
 #: Messages that one process sends at once, and those of one owner; one when half of all are in progress.
 MAX_CONCURRENT_SENDS = 32
 MAX_SENDS_PER_OWNER = 8
-#: Messages that are begun together, and seconds between two such groups: uploads need the processor too.
+#: Messages that are claimed together, and seconds between the beginnings of two: uploads need the processor too.
 GROUP_SIZE = 8
-GROUP_PAUSE_SECONDS = 0.05
+SEND_PAUSE_SECONDS = 0.006
 #: Seconds that a stop waits until the results of what has been sent are recorded.
 STOP_SECONDS = 1.0
 #: The longest delay that a receiver may ask for with Retry-After.
@@ -184,6 +184,7 @@ class Deliverer:
                 self._end(delivery)
                 raise
             threads.append(thread)
+            self._stopping.wait(SEND_PAUSE_SECONDS)
         return threads
 
     def record(self) -> None:
@@ -213,8 +214,8 @@ class Deliverer:
         while not self._stopping.is_set():
             self._wake.clear()
             self._try(self.send_due)
-            self._stopping.wait(GROUP_PAUSE_SECONDS)
-            self._wake.wait(POLL_SECONDS - GROUP_PAUSE_SECONDS)
+            self._stopping.wait(SEND_PAUSE_SECONDS)
+            self._wake.wait(POLL_SECONDS)
         self._try(self.record)
 
     @staticmethod

@@ -38,6 +38,8 @@ FILES_PER_LOCK = 16
 #: The longest pause between two commits of a write in steps, and of one in the background.
 MAX_STEP_PAUSE_SECONDS = 0.1
 MAX_BACKGROUND_PAUSE_SECONDS = 1.0
+#: How many times as long as a commit in the background the pause after it is.
+BACKGROUND_PAUSE_FACTOR = 3.0
 #: How long the statements of one step shall take, and the fewest rows that it may change.
 STEP_SECONDS = 0.005
 MIN_ROWS_PER_COMMIT = 10
@@ -297,10 +299,12 @@ class Database:
     def write_each(self, writes: Iterable[WriteFunction[T]], *, is_background: bool = False) -> Iterator[T]:
         """Run writes, each in a commit of its own. Between them others that wait have the lock as long as each took.
 
-        :param is_background: leave it for that long in any case, so that those who come in that time need not wait; and
-            end at `end_background`.
+        :param is_background: leave it for three times that long in any case, so that those who come in that time need
+            not wait, and uploads and webhooks have most of the disk and of the processor; and end at `end_background`.
         """
-        longest = MAX_BACKGROUND_PAUSE_SECONDS if is_background else MAX_STEP_PAUSE_SECONDS
+        factor, longest = 1.0, MAX_STEP_PAUSE_SECONDS
+        if is_background:
+            factor, longest = BACKGROUND_PAUSE_FACTOR, MAX_BACKGROUND_PAUSE_SECONDS
         pause = 0.0
         for write in writes:
             if is_background:
@@ -310,7 +314,7 @@ class Database:
                 time.sleep(pause)
             started = time.monotonic()
             yield self.write(write)
-            pause = min(time.monotonic() - started, longest)
+            pause = min(factor * (time.monotonic() - started), longest)
 
     def end_background(self) -> None:
         """Begin no more steps in the background, in this process. What is left to do is found the next time."""

@@ -4,7 +4,7 @@ A request that gave a collection a vector is kept, with its image, for as long a
 of its own, which its client chose, ends that.
 
 The batcher calls `purge` regularly (`batcher/scheduler.py`). It works in small commits and leaves the write lock to
-others for half of the time, so that uploads never wait long for it.
+others for three quarters of the time, so that uploads never wait long for it.
 """
 
 from __future__ import annotations

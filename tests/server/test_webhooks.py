@@ -27,7 +27,17 @@ from server.app import create_app
 from server.errors import DeliveryFailed
 from server.http_client import HttpClient
 from server.settings import ServerSettings
-from server.webhooks import GROUP_SIZE, JITTER, LEASE_SECONDS, RETRY_SECONDS, Deliverer, check_webhook, send, sign
+from server.webhooks import (
+    GROUP_SIZE,
+    JITTER,
+    LEASE_SECONDS,
+    RETRY_SECONDS,
+    SEND_PAUSE_SECONDS,
+    Deliverer,
+    check_webhook,
+    send,
+    sign,
+)
 from store.clients.keys import KeyRecord, Scope, UnknownKey, hash_key, make_key
 from store.clients.webhooks import MAX_DELIVERIES_PER_HOST, EndpointRecord, UnknownWebhook, new_secret
 from store.errors import StoreBusy
@@ -475,6 +485,8 @@ def test_a_group_is_claimed_saved_and_recorded_with_one_commit_for_each_group(
     writes: list[object] = []
     write = store.database.write
     monkeypatch.setattr(store.database, "write", lambda function: (writes.append(function), write(function))[1])
+    pauses: list[float] = []
+    monkeypatch.setattr(deliverer._stopping, "wait", pauses.append)
 
     groups = []
     for _ in range(2):
@@ -486,6 +498,7 @@ def test_a_group_is_claimed_saved_and_recorded_with_one_commit_for_each_group(
     deliverer.send_due()
 
     assert [len(group) for group in groups] == [GROUP_SIZE, GROUP_SIZE]
+    assert pauses == [SEND_PAUSE_SECONDS] * 2 * GROUP_SIZE
     assert len(writes) == 3
     assert [one.status for one in store.webhooks.list_deliveries()] == ["delivered"] * 2 * GROUP_SIZE
 
@@ -571,7 +584,9 @@ def test_a_stop_records_what_has_ended_and_what_ends_then(
     answer: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.webhooks.GROUP_PAUSE_SECONDS", 120)
+    # Only the stop can record.
+    calls = iter([deliverer.send_due])
+    monkeypatch.setattr(deliverer, "send_due", lambda: next(calls, deliverer._stopping.wait)())
     receiver.may_answer.clear()
     post(client, receiver.url)
     post(client, receiver.url.replace("127.0.0.1", "127.0.0.2"))  # nobody listens there
