@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 def to_text(moment: datetime) -> str:
     """Format an aware time as sortable UTC text with milliseconds, as it is in the database."""
-    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
+    return f"{moment.astimezone(UTC).isoformat(timespec='milliseconds').removesuffix('+00:00')}Z"
 
 
 def from_text(text: str) -> datetime:

@@ -5,6 +5,7 @@ A command reads them once with `from_env` and passes them on. The server's setti
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class HomeSettings(Settings):
         """The folder of the files that collections are searched with; made again from the database when it is gone."""
         return self.home / "collections"
 
-    @property
+    @functools.cached_property
     def models(self) -> Path:
         """The folder of model artefacts."""
         return self.home / "models"
