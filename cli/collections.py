@@ -5,23 +5,21 @@ It talks to the server only through `mlg_client`.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import json_option, with_options
+from cli.open_store import open_client
+from cli.options import json_option, url_option, with_options
 from cli.submit import find_files
 from cli.tables import print_json_lines, print_records, printable
-from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
-    from mlg_client import Client
+    pass
 
-url_option = click.option("--url", metavar="URL", help="Address of the server. [MLG_URL; http://127.0.0.1:5000]")
 name_argument = click.argument("name", metavar="NAME")
 group_options = with_options(
     click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="Most groups."),
@@ -58,7 +56,7 @@ def create(name: str, model: str | None, url: str | None, as_json: bool) -> None
     Example:
       mlg collections create holiday
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         _print([client.create_collection(name, model)], as_json)
 
 
@@ -74,7 +72,7 @@ def list_collections(url: str | None, as_json: bool) -> None:
     Example:
       mlg collections list
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         _print(list(client.collections()), as_json)
 
 
@@ -111,7 +109,7 @@ def add(
         raise click.UsageError("Give files, folders or --request ID.")
     files = find_files(paths) if paths else []
     failed = False
-    with _client(url) as client:
+    with open_client(url) as client:
         if ids:
             for item in client.add_requests_to_collection(name, ids, labels=given):
                 failed |= item["req_id"] is None
@@ -160,7 +158,7 @@ def search(
     """
     if (image is None) == (id is None):
         raise click.UsageError("Give an image, or --request ID.")
-    with _client(url) as client:
+    with open_client(url) as client:
         found = client.search_collection(name, image, request=id, k=k, threshold=threshold, labels=labels)
     if as_json:
         print_json_lines(found)
@@ -195,7 +193,7 @@ def duplicates(name: str, threshold: float, limit: int, images: int, url: str | 
     Example:
       mlg collections duplicates holiday --threshold 0.98
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         _print_groups(client.collection_duplicates(name, threshold=threshold, limit=limit, images=images), as_json)
 
 
@@ -210,7 +208,7 @@ def group_images(name: str, count: int | None, limit: int, images: int, url: str
     Example:
       mlg collections group holiday --count 8
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         _print_groups(client.collection_groups(name, count=count, limit=limit, images=images), as_json)
 
 
@@ -225,7 +223,7 @@ def remove(name: str, ids: Sequence[str], url: str | None) -> None:
     Example:
       mlg collections remove holiday 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         for id in ids:
             client.remove_from_collection(name, id)
             click.echo(f"{id}\tremoved")
@@ -241,22 +239,9 @@ def delete(name: str, url: str | None) -> None:
     Example:
       mlg collections delete holiday
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         client.delete_collection(name)
     click.echo(f"{printable(name)}\tdeleted")
-
-
-@contextlib.contextmanager
-def _client(url: str | None) -> Iterator[Client]:
-    """Open a client of a server. :raises MlgError: what the server refuses, or that it does not answer."""
-    from mlg_client import Client, ClientError, Unreachable
-
-    try:
-        with Client(url) as client:
-            yield client
-    except ClientError as error:
-        hint = " Start it: mlg serve. Or give another address: --url." if isinstance(error, Unreachable) else ""
-        raise MlgError(error.reason + hint) from error
 
 
 def _parse_labels(texts: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Opens the store of an existing home, for the commands that use the store directly and not a server."""
+"""Opens what a command works on: the store of an existing home, or a client of a running server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cli.options import environment
-from provider_image.errors import ConfigError
+from provider_image.errors import ConfigError, MlgError
 from store.settings import HomeSettings
 
 if TYPE_CHECKING:
+    from mlg_client import Client
     from store.store import Store
+
+#: How long a command tries to reach a server before it says that there is none.
+_REACH_SECONDS = 3.0
 
 
 @contextlib.contextmanager
@@ -32,3 +36,22 @@ def open_store(*, creates: bool = False) -> Iterator[Store]:
     with contextlib.closing(Store(settings)) as store:
         store.migrate()
         yield store
+
+
+@contextlib.contextmanager
+def open_client(url: str | None) -> Iterator[Client]:
+    """Open a client of a server that is there; a context manager. Once reached, a server may be away for a minute.
+
+    :param url: its address; None for MLG_URL or this machine.
+    :raises MlgError: what the server refuses in the block, or that it does not answer.
+    """
+    from mlg_client import Client, ClientError, Unavailable, Unreachable
+
+    try:
+        with contextlib.suppress(Unavailable), Client(url, retry_timeout_seconds=_REACH_SECONDS) as client:
+            client.health()
+        with Client(url) as client:
+            yield client
+    except ClientError as error:
+        hint = " Start it: mlg up. Or give another address: --url." if isinstance(error, Unreachable) else ""
+        raise MlgError(error.reason + hint) from error

@@ -72,6 +72,7 @@ server_options = with_options(
         "[MLG_OPEN; off]",
     ),
 )
+url_option = click.option("--url", metavar="URL", help="Address of the server. [MLG_URL; http://127.0.0.1:5000]")
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, one object per line.")
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import environment, file_option, home_option
+from cli.options import environment, file_option, home_option, url_option
 from cli.submit_journal import SentBatch, SubmitJournal
 from provider_image.environment import Environment
 from provider_image.errors import ConfigError, MlgError
@@ -46,7 +46,7 @@ COLUMNS = ("file", "req_id", "status", "rank", "wnid", "label", "probability", "
 @click.option("--model", required=True, metavar="MODEL", help="Model to run; `mlg models` lists them.")
 @click.option("--wait", is_flag=True, help="Wait for the results and print them.")
 @file_option("--out", "Wait for the results and write them to this .jsonl or .csv file.")
-@click.option("--url", metavar="URL", help="Address of the server. [MLG_URL; http://127.0.0.1:5000]")
+@url_option
 @click.option("--top", type=click.IntRange(1, 20), help="Number of labels per image. [default: 5]")
 @click.option(
     "--retry-timeout",

@@ -312,7 +312,12 @@ class Calls(abc.ABC):
         """Go back to a version of a model that was trained. :raises Refused: with the code unknown_version."""
         return await self._post(f"/models/{quote(name, safe='')}/versions/{version}/use")
 
-    # Models
+    # Server and models
+
+    @ClientMethod
+    async def health(self) -> Mapping[str, Any]:
+        """Ask whether the server is alive. :raises Unreachable: it does not answer."""
+        return await self._send("GET", "/healthz")
 
     @ClientMethod
     async def models(self) -> list[Model]:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import file_option, json_option
+from cli.open_store import open_client
+from cli.options import file_option, json_option, url_option
 from cli.tables import make_table, print_table
 from cli.training.archive import names_images
 from cli.training.shown import headline, percent, print_figures
-from cli.training.train import label_option, target_option, url_option
+from cli.training.train import label_option, target_option
 from provider_image.errors import MlgError
 from server.csv_cells import to_cell
 from trainer.errors import UnusableExamples
@@ -74,7 +75,6 @@ def evaluate(
       mlg evaluate my_pets other-photos/ --with efficientnet_lite0 --csv answers.csv
       mlg evaluate beauty scores.csv --target score
     """
-    from mlg_client import Client, ClientError, Unreachable
     from trainer.figures import compare_figures
 
     with tempfile.TemporaryDirectory() as work:
@@ -84,12 +84,8 @@ def evaluate(
             found = read_examples(source, Path(work), target=target, label=label, limits=_LIMITS)
         for skipped in found.skipped:
             click.echo(f"mlg: left out: {skipped.name}: {skipped.reason}", err=True)
-        try:
-            with Client(url) as client:
-                figures = [_ask(client, model, found) for model in (name, *([other] if other else []))]
-        except ClientError as error:
-            hint = " Start one: mlg up. Or give another address: --url." if isinstance(error, Unreachable) else ""
-            raise MlgError(error.reason + hint) from error
+        with open_client(url) as client:
+            figures = [_ask(client, model, found) for model in (name, *([other] if other else []))]
     comparison = compare_figures(*figures) if other else None
     if csv is not None:
         _write_csv(csv, (comparison or figures[0]).rows())

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import file_option, json_option
+from cli.open_store import open_client
+from cli.options import file_option, json_option, url_option
 from cli.training.shown import headline, print_figures
 from provider_image.errors import MlgError
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.5
 _FINAL = ("done", "failed", "cancelled")
 
-url_option = click.option("--url", metavar="URL", help="Address of the server. [MLG_URL; http://127.0.0.1:5000]")
 target_option = click.option(
     "--target",
     metavar="COLUMN",
@@ -98,7 +98,6 @@ def train(
       mlg train places --collection holiday --label place
     """
     from cli.training.archive import read_archive
-    from mlg_client import Client, ClientError, Unreachable
 
     if (source is None) == (collection is None):
         raise click.UsageError("Give either FOLDER, ZIP or CSV, or --collection COLLECTION.")
@@ -108,23 +107,19 @@ def train(
         **{"backbone": backbone, "seed": seed},
     }
     given = {option: value for option, value in options.items() if value is not None}
-    try:
-        with Client(url) as client:
-            sent = client.train(data, name, params=given)
-            for item in sent["items"]:
-                click.echo(f"mlg: left out: {item['client_id']}: {item['reason']}", err=True)
-            if no_wait:
-                click.echo(json.dumps(sent) if as_json else sent["training_id"])
-                return
-            try:
-                training = wait_for_training(client, sent["training_id"])
-            except KeyboardInterrupt:
-                click.echo(f"\nmlg: The training goes on: {client.url}/ui/train/{sent['training_id']}", err=True)
-                raise
-            files = _write_files(client, training, out)
-    except ClientError as error:
-        hint = " Start one: mlg up. Or give another address: --url." if isinstance(error, Unreachable) else ""
-        raise MlgError(error.reason + hint) from error
+    with open_client(url) as client:
+        sent = client.train(data, name, params=given)
+        for item in sent["items"]:
+            click.echo(f"mlg: left out: {item['client_id']}: {item['reason']}", err=True)
+        if no_wait:
+            click.echo(json.dumps(sent) if as_json else sent["training_id"])
+            return
+        try:
+            training = wait_for_training(client, sent["training_id"])
+        except KeyboardInterrupt:
+            click.echo(f"\nmlg: The training goes on: {client.url}/ui/train/{sent['training_id']}", err=True)
+            raise
+        files = _write_files(client, training, out)
     if as_json:
         click.echo(json.dumps(training))
     if training["state"] != "done":

@@ -105,6 +105,10 @@ def test_cancelled_requests_can_be_queued_again(calls: Client) -> None:
     assert calls.retry(sent.id).status == "queued"
 
 
+def test_a_server_tells_that_it_is_alive(calls: Client) -> None:
+    assert calls.health()["status"] == "alive"
+
+
 def test_models_tell_whether_they_are_installed(calls: Client) -> None:
     models = {model.name: model for model in calls.models()}
 
