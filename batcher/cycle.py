@@ -39,7 +39,7 @@ from batcher.results import (
 )
 from batcher.settings import BatcherSettings, BatcherTimings
 from batcher.waiting import wait_for_first
-from provider_image.compiler import can_build_now
+from provider_image.compiler import can_build_now, ensure_installed
 from provider_image.errors import ChunkError, MlgError
 from provider_image.models.artefact import installed_digest
 from provider_image.models.registry import list_rows
@@ -326,6 +326,9 @@ class Cycle:
 
     def _pack(self, planned: PlannedChunk) -> PackedChunk:
         still_claimed = _without_lost_claims(planned, self._open_claims)
+        if self._executor.is_remote:
+            # Answers are checked with the artefact of this home, so it must be there before work elsewhere is paid for.
+            ensure_installed(self._settings.models, planned.model)
         packed = pack(
             still_claimed,
             folder=self._folder,

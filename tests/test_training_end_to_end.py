@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from devnet.scenario import PROVIDER_NAMES
+from scripts.benchmarks import golem
 from tests.conftest import ROOT
 from tests.system import System
 from tests.timing import wait_until
@@ -101,3 +104,26 @@ def test_photos_in_folders_become_a_model(
     variant = io.BytesIO()
     part(Image.open(io.BytesIO(photos["chelsea"])), 3).save(variant, "PNG")
     assert ask(system, variant.getvalue())["digest"] == first
+
+
+@pytest.mark.slow
+def test_features_come_from_rented_computers(folder: Path, tmp_path: Path, models_folder: Path) -> None:
+    providers = tmp_path / "providers"
+    # A copy: the devnet installs further models.
+    shutil.copytree(models_folder, providers / "models")
+
+    with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 2, {})) as variables:
+        system = System(tmp_path / "home", "--executor", "golem", **variables)
+        try:
+            trained = run_mlg(system, "train", "pets", str(folder), "--json")
+            assert trained.returncode == 0, trained.stderr + system.log.read_text()
+            figures = json.loads(trained.stdout)["figures"]
+            listed = run_mlg(system, "requests", "list", "--model", "efficientnet_lite0_embedding", "--json")
+        finally:
+            system.stop()
+
+    features = [json.loads(line) for line in listed.stdout.splitlines()]
+    assert (figures["count"], figures["accuracy"]) == (16, 1.0)
+    assert len(features) == 16
+    assert {one["provider"] for one in features} <= set(PROVIDER_NAMES)
+    assert all(one["cost"] is not None for one in features)
