@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from provider_image.schemas import MAX_BYTES, MAX_ITEMS
+from provider_image.services import chunk_items
 from store.requests import ISOLATION_STEPS, Claim
 
 
@@ -76,7 +77,12 @@ def plan(
     chunks = [
         PlannedChunk(service=service, model=model, isolation=isolation, items=tuple(items))
         for (service, model, isolation), group in groups.items()
-        for items in _fill(_join_equal(group), min(max_items, ISOLATION_STEPS[isolation]), max_bytes, packed_bytes)
+        for items in _fill(
+            _join_equal(group),
+            min(max_items, ISOLATION_STEPS[isolation], chunk_items(service)),
+            max_bytes,
+            packed_bytes,
+        )
     ]
     return sorted(chunks, key=lambda chunk: chunk.items[0].first.number)
 

@@ -29,7 +29,7 @@ from provider_image.errors import (
     UnknownModel,
 )
 from provider_image.models.artefact import Artefact, find_artefact
-from provider_image.service import Output, check_files, check_params
+from provider_image.service import Output, check_files, check_params, media_type_of
 from provider_image.services import load_service
 from store.files import NewFile
 from store.requests import MAX_ATTEMPTS, Answer, Blame, Claim
@@ -233,7 +233,9 @@ def _answers(
     packed: PackedChunk, item: PlannedItem, result: ItemResult, artefact: Artefact, precision: str, outcome: Outcome
 ) -> list[Answer]:
     outputs = load_service(packed.planned.service).outputs
-    files = {name: NewFile(data=data, media_type=outputs[name].media_type) for name, data in result.files.items()}
+    files = {
+        name: NewFile(data=data, media_type=media_type_of(outputs[name], data)) for name, data in result.files.items()
+    }
     return [
         Answer(
             claim=claim,

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from provider_image.models.catalogue import ModelFacts
 
 
+#: Service -> the builder of its models from Keras' weights, where it is another than that of classifiers.
+_KERAS_BUILDERS = {"style_transfer": "provider_image.compiler.style.vgg19:build"}
+
+
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
@@ -109,9 +113,9 @@ def compile_models(
     """Install models. Builds their artefacts from their weights.
 
     Models of Keras need the extra [compile] (tensorflow), and each artefact is compared with Keras before it is
-    installed. efficientnet_lite0 needs neither an extra nor a download. Vision transformers need no extra, but the
-    folder of their weights. `all` are all models of the catalogue, without embeddings, and without vision transformers
-    whose folder is not there.
+    installed. efficientnet_lite0 and texture need neither an extra nor a download. Vision transformers need no extra,
+    but the folder of their weights. `all` are all models of the catalogue, without embeddings, and without vision
+    transformers whose folder is not there.
 
     MODEL_embedding is the model without its last layer, which returns a vector. It is built from the installed model;
     one of the catalogue that is not installed yet is compiled before.
@@ -120,6 +124,7 @@ def compile_models(
     Example:
       mlg models compile efficientnet_lite0
       mlg models compile densenet121 resnet50
+      mlg models compile style_vgg19
       mlg models compile all --weights ~/keras-weights
       mlg models compile my_pets --keras pets.keras --labels pets.txt
       mlg models compile my_cars --onnx cars.onnx --labels cars.txt --preprocessing torch
@@ -217,7 +222,7 @@ def _build(
             if not weights.is_published:
                 steps.note(f"{weights.path} is not the file that Keras publishes; the model is listed as `own`.")
             return confined.build(
-                "provider_image.compiler.keras_applications:build",
+                _KERAS_BUILDERS.get(row.service, "provider_image.compiler.keras_applications:build"),
                 models,
                 row.name,
                 row,

@@ -300,16 +300,19 @@ def tolerance(artefact: Artefact, precision: str) -> float:
     return min(TOLERANCE + artefact.storage.largest_difference, TOLERANCE_BF16)
 
 
-def _read_samples(artefact: Artefact) -> tuple[list[bytes], list[Output], tuple[ImageCheck, ...]]:
-    """Read the inputs of the self-test, and what is recorded for them."""
+def _read_samples(artefact: Artefact) -> tuple[list[dict[str, bytes]], list[Output], tuple[ImageCheck, ...]]:
+    """Read the inputs of the self-test, by name, and what is recorded for them."""
     inputs, expected, images = [], [], []
+    first = primary_input(load_service(artefact.service))
     for sample in artefact.samples:
         data, problem = _read_sample_file(artefact, sample.file, sample.sha256)
-        files = {}
-        for name, (file, sha256) in sample.files.items():
-            files[name], other_problem = _read_sample_file(artefact, file, sha256)
-            problem = problem or (other_problem and f"{file} {other_problem}")
-        inputs.append(data)
+        read: dict[str, dict[str, bytes]] = {"inputs": {first: data}, "files": {}}
+        for kind, found in read.items():
+            for name, (file, sha256) in getattr(sample, kind).items():
+                found[name], other_problem = _read_sample_file(artefact, file, sha256)
+                problem = problem or (other_problem and f"{file} {other_problem}")
+        files = read["files"]
+        inputs.append(read["inputs"])
         expected.append(Output(data=sample.output, files=files))
         images.append(ImageCheck(file=sample.file, problem=problem))
     return inputs, expected, tuple(images)
@@ -357,7 +360,7 @@ class _Benchmark:
     service: Service
     artefact: Artefact
     net: Net
-    inputs: Sequence[bytes]
+    inputs: Sequence[Mapping[str, bytes]]
     #: What is recorded for each.
     expected: Sequence[Output]
 
@@ -367,8 +370,7 @@ class _Benchmark:
 
     def prepare_item(self, number: int) -> Any:
         """Decode one image."""
-        inputs = {primary_input(self.service): self.inputs[number]}
-        return self.service.prepare(self.artefact, inputs, self.params())
+        return self.service.prepare(self.artefact, self.inputs[number], self.params())
 
     def run(self, item: Any) -> Output:
         """Run what was decoded."""

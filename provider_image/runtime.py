@@ -26,6 +26,7 @@ from provider_image.chunk import ChunkReader, ItemEntry, ItemResult, Results, op
 from provider_image.cores import available_memory_bytes, limited_memory
 from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
+from provider_image.progress import ProgressBoard, reporting
 from provider_image.service import Output, Service, are_inputs, check_params, describe_inputs
 from provider_image.services import load_service
 
@@ -151,9 +152,10 @@ def _find_or_build(models: Path, model: str, broken: BrokenArtefact | None = Non
     return find_artefact(models, model)
 
 
-def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
+def run_chunk(chunk: Path, results: Path, nets: NetCache, *, board: ProgressBoard | None = None) -> Results:
     """Process a chunk file and write its results file. An item that fails does not affect the others.
 
+    :param board: gets what the service reports of the items under way.
     :raises MlgError: the chunk as a whole cannot be processed; no results file is written.
     :raises OSError: the results file cannot be written.
     """
@@ -170,7 +172,7 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
             limited_memory(nets.work_bytes),
             ThreadPoolExecutor(nets.device.threads, thread_name_prefix="item") as pool,
         ):
-            done = list(pool.map(lambda batch: _run_batch(reader, loaded, batch), batches))
+            done = list(pool.map(lambda batch: _run_batch(reader, loaded, batch, board), batches))
         found = Results(
             chunk_id=reader.chunk_id,
             model=loaded.artefact.name,
@@ -186,7 +188,9 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
     return found
 
 
-def _run_batch(reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEntry]) -> list[ItemResult]:
+def _run_batch(
+    reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEntry], board: ProgressBoard | None
+) -> list[ItemResult]:
     """Prepare and run some items. One that fails does not affect the others."""
     seconds: dict[int, float] = {}
     outcomes: dict[int, Output | Exception] = {}
@@ -202,7 +206,7 @@ def _run_batch(reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEnt
             outcomes[item.number] = error
         seconds[item.number] = time.perf_counter() - started
     started = time.perf_counter()
-    outcomes |= _run_ready(loaded, ready) if ready else {}
+    outcomes |= _run_ready(loaded, ready, board) if ready else {}
     for number, _, _ in ready:
         seconds[number] += (time.perf_counter() - started) / len(ready)
     return [_result(reader, item.number, outcomes[item.number], seconds[item.number]) for item in batch]
@@ -220,16 +224,19 @@ def prepare_item(
     return service.prepare(artefact, reader.read_inputs(item), params, is_resized=reader.is_resized), params
 
 
-def _run_ready(loaded: LoadedModel, ready: Sequence[_ReadyItem]) -> dict[int, Output | Exception]:
+def _run_ready(
+    loaded: LoadedModel, ready: Sequence[_ReadyItem], board: ProgressBoard | None
+) -> dict[int, Output | Exception]:
     """Run items; if several fail, each alone."""
     numbers = [number for number, _, _ in ready]
     try:
-        outputs = loaded.service.run(loaded.net, [item for _, item, _ in ready], [params for _, _, params in ready])
+        with reporting(board, numbers):
+            outputs = loaded.service.run(loaded.net, [item for _, item, _ in ready], [params for _, _, params in ready])
         return dict(zip(numbers, outputs, strict=True))
     except Exception as error:  # noqa: BLE001 - likewise
         if len(ready) == 1:
             return {numbers[0]: error}
-        return {number: outcome for one in ready for number, outcome in _run_ready(loaded, [one]).items()}
+        return {number: outcome for one in ready for number, outcome in _run_ready(loaded, [one], board).items()}
 
 
 def _result(reader: ChunkReader, number: int, outcome: Output | Exception, seconds: float) -> ItemResult:
@@ -247,6 +254,7 @@ def versions() -> dict[str, str]:
     for package, name in (
         ("openvino", "openvino"),
         ("onnxruntime", "onnxruntime"),
+        ("cv2", "opencv"),
         ("numpy", "numpy"),
         ("PIL", "pillow"),
     ):

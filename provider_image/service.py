@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from provider_image.errors import BadInput, InvalidParams, MalformedResults
+from provider_image.images import headers
 from provider_image.images.headers import MEDIA_TYPES, read_header
 from provider_image.schemas import MAX_BYTES
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from provider_image.backends import Device, Net
     from provider_image.models.artefact import Artefact
 
+#: The output file with this name is the image that answers a request.
+IMAGE_ANSWER = "image"
+#: What image/* stands for in an output.
+_IMAGE_OUTPUTS = ("image/jpeg", "image/png", "image/webp")
 #: Most pixels of an image in an output.
 _MAX_OUTPUT_PIXELS = 100_000_000
 #: Most values of a JSON file in an output, as its commas, colons and brackets say: each takes some 70 bytes to check.
@@ -62,8 +67,8 @@ class OutputFile:
 
     #: One sentence of help.
     help: str
-    #: image/jpeg, image/png, image/webp, application/json (UTF-8, of at most MAX_JSON_VALUES), text/plain (UTF-8) or
-    #: application/octet-stream (anything).
+    #: image/jpeg, image/png, image/webp, image/* (any of these), application/json (UTF-8, of at most MAX_JSON_VALUES),
+    #: text/plain (UTF-8) or application/octet-stream (anything).
     media_type: str
     #: Most bytes.
     max_bytes: int
@@ -184,6 +189,8 @@ class Service(Protocol):
     def run(self, net: Net, items: Sequence[Any], params: Sequence[Mapping[str, Any]]) -> Sequence[Output]:
         """Run the net on what `prepare` returned, at most `net.batch_items` of it, and return an output for each.
 
+        A service that takes seconds calls `report_progress` of `progress.py` meanwhile.
+
         :raises InferenceFailed: if there are several items, each is then run alone.
         """
 
@@ -234,12 +241,18 @@ def check_files(outputs: Mapping[str, OutputFile], files: Mapping[str, bytes]) -
             raise MalformedResults(f"The file {name} is not {outputs[name].media_type}.")
 
 
+def media_type_of(one: OutputFile, data: bytes) -> str:
+    """Return the media type of a file that passed `check_files`."""
+    return headers.media_type(data) if one.media_type == "image/*" else one.media_type
+
+
 def _has_type(data: bytes, media_type: str) -> bool:
     try:
         if media_type.startswith("image/"):
             # It is not decoded here.
             header = read_header(data, _MAX_OUTPUT_PIXELS, max_decoding_bytes=math.inf, max_side=math.inf)
-            return MEDIA_TYPES[header.format] == media_type
+            found = MEDIA_TYPES[header.format]
+            return found == media_type or (media_type == "image/*" and found in _IMAGE_OUTPUTS)
         if media_type == "application/json":
             _check_json(data)
         elif media_type == "text/plain":

@@ -4,6 +4,8 @@ Runs as `mlg-provider serve`, which the local executor starts once per worker, a
 running. The protocol is JSON lines: the request `{"chunk": PATH, "results": PATH}` is answered by
 `{"ok": true, "seconds": S}` or `{"ok": false, "code": WORD, "reason": TEXT, "permanent": BOOL}`. If the request has
 `limit_seconds` and the chunk takes longer, the process ends: an item that hangs must not block the chunks that follow.
+If it has `"progress": true`, lines like `{"progress": {"item": 3, "fraction": 0.5, "preview": BASE64 or null}}` come
+before the answer, when the service reports any.
 A file lock in its folder ensures that only one process serves there. The system releases the lock when the process
 dies, so a socket that is found while holding the lock is stale. It must not serve other users: nobody else can access
 its folder.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import logging
 import os
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.errors import ChunkError, ConfigError, MalformedRequest, MlgError, WorkerDied
+from provider_image.progress import REPORT_SECONDS, ProgressBoard
 from provider_image.runtime import NetCache, run_chunk
 from provider_image.runtime_paths import make_private_folder, socket_path
 from provider_image.schemas import MAX_CHUNK_SECONDS
@@ -39,8 +43,7 @@ _MAX_LINE_BYTES = 64 * 1024
 _GRACE_SECONDS = 1.0
 #: Interval at which a process that is about to end checks whether it may.
 _POLL_SECONDS = 0.01
-#: Interval at which it is checked whether the client of a chunk is still there, and how long the chunk may then go on.
-_CLIENT_SECONDS = 1.0
+#: Once it is noticed that the client of a chunk has gone, the chunk may go on for so long.
 _ABANDONED_SECONDS = 30.0
 
 
@@ -155,8 +158,10 @@ class _WarmServer:
             with connection, connection.makefile("rwb") as stream:
                 while (line := stream.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
                     self._count(jobs=1)
+                    board = ProgressBoard()
                     try:
-                        reply = self._wait(self._chunk_thread.submit(self._run_job, line, connection), connection)
+                        job = self._chunk_thread.submit(self._run_job, line, connection, board)
+                        reply = self._wait(job, connection, stream, board)
                         stream.write(json.dumps(reply).encode() + b"\n")
                         stream.flush()
                     finally:
@@ -166,13 +171,20 @@ class _WarmServer:
         finally:
             self._count(clients=-1)
 
-    def _wait(self, job: Future[dict[str, Any]], connection: socket.socket) -> dict[str, Any]:
+    def _wait(
+        self, job: Future[dict[str, Any]], connection: socket.socket, stream: io.BufferedRWPair, board: ProgressBoard
+    ) -> dict[str, Any]:
+        """Wait for the reply, and send progress. A client that does not read it delays only its own reply."""
         hang_up = select.poll()
         hang_up.register(connection, 0)  # reported without being requested
         while True:
             try:
-                return job.result(_CLIENT_SECONDS)
+                return job.result(REPORT_SECONDS)
             except TimeoutError:
+                lines = [json.dumps({"progress": report.to_json()}).encode() + b"\n" for report in board.take()]
+                with contextlib.suppress(OSError):  # it has gone, see below
+                    stream.write(b"".join(lines))
+                    stream.flush()
                 with self._lock:
                     if self._current is connection and hang_up.poll(0):
                         hang_up.unregister(connection)
@@ -186,14 +198,14 @@ class _WarmServer:
             self._current = connection
             signal.setitimer(signal.ITIMER_REAL, limit_seconds)
 
-    def _run_job(self, line: bytes, connection: socket.socket) -> dict[str, Any]:
+    def _run_job(self, line: bytes, connection: socket.socket, board: ProgressBoard) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             if self._is_stopping:
                 raise WorkerDied("The warm process was stopped before it began the chunk.")
-            chunk, results, limit_seconds = _parse_job(line)
+            chunk, results, limit_seconds, wants_progress = _parse_job(line)
             self._begin(connection, limit_seconds)
-            run_chunk(chunk, results, self._nets)
+            run_chunk(chunk, results, self._nets, board=board if wants_progress else None)
         except MlgError as error:
             return {"ok": False, **error.to_reply()}
         except Exception as error:
@@ -204,8 +216,11 @@ class _WarmServer:
         return {"ok": True, "seconds": round(time.perf_counter() - started, 6)}
 
 
-def _parse_job(line: bytes) -> tuple[Path, Path, float]:
-    """Return the chunk, the results file and the limit, 0 if there is none. :raises MalformedRequest:"""
+def _parse_job(line: bytes) -> tuple[Path, Path, float, bool]:
+    """Return the chunk, the results file, the limit, 0 if there is none, and whether progress is sent.
+
+    :raises MalformedRequest:
+    """
     try:
         job = json.loads(line)
         chunk, results, limit = Path(job["chunk"]), Path(job["results"]), float(job.get("limit_seconds", 0))
@@ -215,4 +230,4 @@ def _parse_job(line: bytes) -> tuple[Path, Path, float]:
         raise MalformedRequest('Send one line: {"chunk": "/a/chunk.zip", "results": "/a/results.zip"}') from error
     if not (chunk.is_absolute() and results.is_absolute()):
         raise MalformedRequest("Both paths must be absolute: the warm process has another working folder.")
-    return chunk, results, limit
+    return chunk, results, limit, job.get("progress") is True

@@ -77,6 +77,14 @@ class FetchFailed(MlgError):
     """The image could not be fetched. Check its URL, or send the image itself."""
 
 
+class PoorQuality(BadInput):
+    """The image does not meet the limits of quality that were sent with it. Send a better one."""
+
+
+class NotMeasured(MlgError):
+    """The quality of the image could not be measured. Send it again, or without limits."""
+
+
 class LengthMissing(BadInput):
     """This body needs a Content-Length: without one, a connection that broke would look like its end."""
 
@@ -170,7 +178,7 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
     413: (errors.ImageTooLarge, TooManyBytes),
     415: (errors.UnsupportedFormat, UnsupportedMediaType),
     421: (WrongHost,),
-    422: (IdempotencyKeyReused,),
+    422: (IdempotencyKeyReused, PoorQuality),
     429: (store_errors.LimitReached,),
     502: (FetchFailed,),
     503: (
@@ -178,6 +186,7 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
         errors.ModelError,
         errors.DecodingUnavailable,
         BacklogFull,
+        NotMeasured,
         SearchBusy,
         StreamsFull,
         TooManyDownloads,

@@ -13,13 +13,13 @@ from provider_image.backends import REGISTRY as BACKENDS
 from provider_image.compiler.installing import begin_artefact, build_folder, install
 from provider_image.models.artefact import Artefact, Sample
 from provider_image.models.catalogue import ModelFacts
-from provider_image.service import Service
+from provider_image.service import Service, primary_input
 from provider_image.services import REGISTRY as SERVICES
 
 #: A folder for PYTHONPATH: with it, a process has the extension.
 FOLDER = Path(__file__).parent / "extension"
 #: Service -> its model.
-TEST_SERVICES = {"posterise": "sepia", "iris": "iris_means"}
+TEST_SERVICES = {"blend": "blend_even", "posterise": "sepia", "iris": "iris_means"}
 COLUMNS = ("sepal_length", "sepal_width", "petal_length", "petal_width")
 #: Rows of Fisher's iris data (1936), one of each species.
 ROWS = {
@@ -42,7 +42,7 @@ def refresh_extensions() -> None:
 
 
 def install_extension_models(models: Path) -> Path:
-    """Install both models; return the folder."""
+    """Install the models; return the folder."""
     row = json_row(ROWS["setosa"])
     output = {"species": "setosa", "probability": 1.0}
     _install(
@@ -71,6 +71,14 @@ def install_extension_models(models: Path) -> Path:
         matrix=_SEPIA.T,
         bias=np.zeros(3),
     )
+    _install(
+        models,
+        ModelFacts(
+            name="blend_even", title="Blend", service="blend", height=64, width=96, preprocessing="none", source="own"
+        ),
+        matrix=np.eye(3),
+        bias=np.zeros(3),
+    )
     return models
 
 
@@ -81,9 +89,14 @@ def json_row(values: tuple[float, ...]) -> bytes:
 
 
 def sample_inputs(service: Service, photos: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Inputs that every service of this kind accepts, without the optional ones."""
+    """Inputs that every service of this kind accepts, without the optional ones. No two images are the same."""
     data = {"image": photos["coffee"], "row": json_row(ROWS["versicolor"]), "file": b"any bytes", "text": TEXT}
-    return {name: data[one.kind] for name, one in service.inputs.items() if not one.is_optional}
+    others = {**data, "image": photos["rocket"]}
+    return {
+        name: (data if name == primary_input(service) else others)[one.kind]
+        for name, one in service.inputs.items()
+        if not one.is_optional
+    }
 
 
 def _install(

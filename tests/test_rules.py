@@ -24,7 +24,7 @@ BELOW = {
 }
 PACKAGES = tuple(BELOW)
 #: Never loaded by importing a module, only inside the function that needs it.
-HEAVY = ("tensorflow", "keras", "openvino", "onnx", "onnxruntime", "yapapi", "ray", "torch", "sklearn")
+HEAVY = ("tensorflow", "keras", "openvino", "onnx", "onnxruntime", "cv2", "yapapi", "ray", "torch", "sklearn")
 #: The command line starts quickly because these come with the command that needs them.
 HEAVY_IN_COMMANDS = (*HEAVY, "flask", "granian", "apscheduler", "httpx", "rich", "numpy", "PIL", "sqlite_utils")
 #: Folders and modules of a package, lowest level first: each imports only from its own level and those below. `*` is

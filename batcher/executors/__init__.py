@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from provider_image.errors import ConfigError, MlgError
+from provider_image.progress import ProgressReport
 
 if TYPE_CHECKING:
     from store.store import Store
@@ -43,6 +44,8 @@ class Job:
     is_last_try: bool = False
     #: Called when a worker begins; again for each further attempt.
     on_start: Callable[[], None] | None = None
+    #: Called with what a worker on this machine reports of an item under way; must not block. Reports are not checked.
+    on_progress: Callable[[ProgressReport], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

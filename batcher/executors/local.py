@@ -204,7 +204,7 @@ class LocalExecutor:
         if outcome.done():
             return True
         started_at = loop.time()
-        running = asyncio.create_task(worker.run_chunk(job.chunk, job.results))
+        running = asyncio.create_task(worker.run_chunk(job.chunk, job.results, job.on_progress))
         waits: set[asyncio.Future[Any]] = {running, outcome}
         error: MlgError | None = None
         can_go_on = False

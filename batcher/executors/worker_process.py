@@ -11,12 +11,13 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batcher.waiting import wait_for_first
 from provider_image.errors import WorkerDied
+from provider_image.progress import ProgressReport
 from provider_image.runtime_paths import socket_path
 from provider_image.subprocesses import child_environment, exit_description, module_command
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_LINE_BYTES = 1024 * 1024
+#: How a line begins that is no reply.
+_PROGRESS = b'{"progress":'
 
 
 class WorkerProcess:
@@ -82,15 +85,20 @@ class WorkerProcess:
         if self._process is not None:
             await self._process.wait()
 
-    async def run_chunk(self, chunk: Path, results: Path) -> dict[str, Any]:
+    async def run_chunk(
+        self, chunk: Path, results: Path, on_progress: Callable[[ProgressReport], None] | None = None
+    ) -> dict[str, Any]:
         """Run one chunk and return the reply. :raises WorkerDied: the process ended before it replied."""
         received = b""
+        job = {"chunk": str(chunk), "results": str(results), "progress": on_progress is not None}
         try:
             reader, writer = await asyncio.open_unix_connection(str(socket_path(self._folder)), limit=_MAX_LINE_BYTES)
             try:
-                writer.write(json.dumps({"chunk": str(chunk), "results": str(results)}).encode() + b"\n")
+                writer.write(json.dumps(job).encode() + b"\n")
                 await writer.drain()
-                received = await reader.readline()
+                while (received := await reader.readline()).startswith(_PROGRESS):
+                    if on_progress is not None:
+                        self._report(received, on_progress)
             finally:
                 writer.close()
                 with contextlib.suppress(OSError):
@@ -103,6 +111,14 @@ class WorkerProcess:
                 if isinstance(reply, dict):
                     return reply
         raise WorkerDied(f"The worker process {await self._exit_description()} during the chunk.")
+
+    def _report(self, line: bytes, on_progress: Callable[[ProgressReport], None]) -> None:
+        try:
+            report = ProgressReport.from_json(json.loads(line)["progress"])
+        except (ValueError, TypeError, RecursionError) as error:
+            log.warning("worker %d: a report is dropped: %s", self.number, error)
+        else:
+            on_progress(report)
 
     async def stop(self, *, is_forced: bool = False) -> None:
         """End the process, wait for it, and remove its files."""

@@ -23,6 +23,7 @@ from batcher.errors import ContainerImageError
 from batcher.image_build.container_engine import find_engine
 from batcher.image_build.context import check_checkout, find_intact_artefact, make_context
 from batcher.image_build.lock import HASH, REPOSITORY, PublishedImage, add_to_lock, lock_file, read_lock
+from provider_image.compiler import ensure_installed
 from provider_image.environment import Settings, home_setting, setting
 from provider_image.errors import ConfigError, MlgError
 from provider_image.models.artefact import check_files, installed_digest, read_artefact
@@ -30,8 +31,8 @@ from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.registry import find_custom_name, find_row
 
 _TAG = re.compile(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9]:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-#: Backends that the image gets only for models that need them; named as their packages.
-_BACKEND_PACKAGES = {"onnxruntime"}
+#: Backend that the image gets only for models that need it -> its package.
+_BACKEND_PACKAGES = {"onnxruntime": "onnxruntime", "opencv": "opencv-python-headless"}
 #: What Golem's runtime for images runs, as engines name it.
 _ARCHITECTURE = "amd64"
 #: Messages of gvmkit-build when it is not logged in, or cannot store a token.
@@ -98,8 +99,8 @@ def build_image(
     """Build the provider image with these models.
 
     Catalogue models that are not installed here are compiled in the build. Others are copied from the folder of
-    artefacts, so that the image has the same digests as this machine; custom models, vision transformers and embeddings
-    always.
+    artefacts, so that the image has the same digests as this machine; custom models, vision transformers, embeddings
+    and methods, which are built here in a moment, always.
 
     The engine runs twice: the first run exports the compiled artefacts, and the second, which has everything cached,
     puts their digests into the labels. So the digests are those of the files in the image.
@@ -118,13 +119,16 @@ def build_image(
     if weights is not None and not weights.is_dir():
         raise ContainerImageError(f"There is no folder of weights {weights}. Create it with the weights files.")
     check_checkout()
+    for model in names:
+        if not installed and model in CATALOGUE and CATALOGUE[model].source == "method":
+            ensure_installed(settings.models, model)
     copied_artefacts = [
         find_intact_artefact(settings.models, model)
         for model in names
         if installed
         or model not in CATALOGUE
         or CATALOGUE[model].base is not None
-        or CATALOGUE[model].source == "folder"
+        or CATALOGUE[model].source in ("folder", "method")
         or (weights is None and installed_digest(settings.models, model) is not None)
     ]
     engine = find_engine(settings.engine)
@@ -132,9 +136,9 @@ def build_image(
         context, artefacts = Path(folder, "context"), Path(folder, "artefacts")
         make_context(context, weights=weights, artefacts=copied_artefacts)
         arguments = {"MODEL": ",".join(names), "VERSION": _version()}
-        backends = {artefact.backend for artefact in copied_artefacts} & _BACKEND_PACKAGES
+        backends = {artefact.backend for artefact in copied_artefacts} & _BACKEND_PACKAGES.keys()
         if backends:
-            arguments["BACKENDS"] = " ".join(sorted(backends))
+            arguments["BACKENDS"] = " ".join(sorted(_BACKEND_PACKAGES[backend] for backend in backends))
         if base is not None:
             arguments["BASE"] = base
         engine.build(context, arguments, "--target", "artefacts", "--output", f"type=local,dest={artefacts}")

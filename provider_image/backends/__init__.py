@@ -28,6 +28,8 @@ REGISTRY = Extensions(
         "openvino": "provider_image.backends.openvino:load_net",
         "onnxruntime": "provider_image.backends.onnxruntime:load_net",
         "linear": "provider_image.backends.linear:load_net",
+        "opencv": "provider_image.backends.opencv:load_net",
+        "style": "provider_image.backends.style:load_net",
     },
 )
 

@@ -12,7 +12,7 @@ import mmap
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +195,30 @@ def compile_graph(graph: Path, threads: int, precision: str) -> CompiledGraph:
     model = core.read_model(graph.read_bytes(), weights.tensor())
     with weights.releasing():
         return CompiledGraph(core.compile_model(model, "CPU", _options(threads, precision)), weights)
+
+
+def compile_part(
+    graph: Path, shapes: Mapping[str, Sequence[int]], outputs: Sequence[str], threads: int, precision: str
+) -> CompiledGraph:
+    """Compile what some outputs of a graph file need, for inputs of these shapes; all threads work on one item.
+
+    :param shapes: name of each input that is needed -> its shape.
+    :param outputs: the names of the outputs, which are those of tensors.
+    :raises: as `compile_graph`; ValueError also if there is no such output.
+    """
+    openvino = import_openvino()
+    core, weights = openvino.Core(), MappedWeights(graph.with_suffix(".bin"))
+    whole = core.read_model(graph.read_bytes(), weights.tensor())
+    found = {name: port for port in whole.outputs for name in port.get_names()}
+    missing = [name for name in outputs if name not in found]
+    if missing:
+        raise ValueError(f"{graph} has no output {missing[0]}")
+    results = [found[name].get_node() for name in outputs]
+    part = openvino.Model(results, [each.get_node() for each in whole.inputs if each.get_any_name() in shapes])
+    part.reshape({name: list(shape) for name, shape in shapes.items()})
+    options = {**_options(1, precision), "INFERENCE_NUM_THREADS": str(threads)}
+    with weights.releasing():
+        return CompiledGraph(core.compile_model(part, "CPU", options), weights)
 
 
 def _options(threads: int, precision: str) -> dict[str, str]:

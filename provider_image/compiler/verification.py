@@ -73,7 +73,9 @@ def verify_and_install(
     precision, storage = draft.precision, None
     if precision != "f16":
         precision, storage = _choose_storage(openvino, graph, folder, arrays, expected, f16_within)
-    artefact = replace(draft, precision=precision, storage=storage, samples=expected.write_samples(folder, files))
+    artefact = replace(
+        draft, precision=precision, storage=storage, samples=write_samples(folder, files, expected.outputs)
+    )
     return install(artefact, folder, models, GRAPH_FILES)
 
 
@@ -98,7 +100,7 @@ def install_as_it_is(
     unverified = with_files(replace(draft, backend=backend, folder=folder), files)
     expected = _Expected.from_results(draft, reference(arrays))
     expected.require(load_net(unverified, Device(threads=1)).infer(arrays))
-    return install(replace(unverified, samples=expected.write_samples(folder, images)), folder, models, files)
+    return install(replace(unverified, samples=write_samples(folder, images, expected.outputs)), folder, models, files)
 
 
 def _decoded(images: Mapping[str, bytes], draft: Artefact) -> Arrays:
@@ -198,22 +200,23 @@ class _Expected:
                 f"by up to {difference.largest:.2g}. It was not installed. Please report this with both versions."
             )
 
-    def write_samples(self, folder: Path, images: Mapping[str, bytes]) -> tuple[Sample, ...]:
-        """Write the images and the files of the outputs into a folder."""
-        samples = []
-        for (file, data), output in zip(images.items(), self.outputs, strict=True):
-            results = {name: (f"{Path(file).stem}-{name}.bin", each) for name, each in output.files.items()}
-            for name, contents in ((file, data), *results.values()):
-                (folder / name).write_bytes(contents)
-            samples.append(
-                Sample(
-                    file=file,
-                    sha256=_sha256(data),
-                    output=output.data,
-                    files={name: (stored, _sha256(contents)) for name, (stored, contents) in results.items()},
-                )
+
+def write_samples(folder: Path, images: Mapping[str, bytes], outputs: Sequence[Output]) -> tuple[Sample, ...]:
+    """Write the images of a self-test and the files of the outputs for them into a folder."""
+    samples = []
+    for (file, data), output in zip(images.items(), outputs, strict=True):
+        results = {name: (f"{Path(file).stem}-{name}.bin", each) for name, each in output.files.items()}
+        for name, contents in ((file, data), *results.values()):
+            (folder / name).write_bytes(contents)
+        samples.append(
+            Sample(
+                file=file,
+                sha256=_sha256(data),
+                output=output.data,
+                files={name: (stored, _sha256(contents)) for name, (stored, contents) in results.items()},
             )
-        return tuple(samples)
+        )
+    return tuple(samples)
 
 
 @dataclass(kw_only=True)

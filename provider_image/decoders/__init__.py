@@ -1,6 +1,7 @@
 """Processes that decode images, of which a pool is kept warm.
 
-Used by `batcher.resizing`, which reduces images before they are packed, and by the server's thumbnails. Decoding an
+Used by `batcher.resizing`, which reduces images before they are packed, and by the server's thumbnails and its check of
+the quality of uploads. Decoding an
 untrusted image may crash or hang its process, or take all memory, so `__main__.py` does it with limits on memory and
 processor time, and without sockets: it reaches neither the network nor the Golem daemon. Where the kernel can restrict
 that (`provider_image.system_calls`), it reads no file of the user but those that it is given. Each process has one

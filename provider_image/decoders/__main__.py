@@ -29,6 +29,7 @@ from provider_image.chunk import open_chunk
 from provider_image.cores import allocated_bytes, limit_resource
 from provider_image.decoders import FILES, KILL_MARGIN_SECONDS, MAX_FILES, MAX_JSON_BYTES, READY
 from provider_image.errors import ImageTooLarge, InferenceFailed, MlgError
+from provider_image.images.quality import encode_measures
 from provider_image.images.resizing import resize
 from provider_image.images.thumbnails import draw_sheet, thumbnail
 from provider_image.models.artefact import find_artefact
@@ -102,6 +103,10 @@ def _thumbnail(inputs: Mapping[str, bytes], side: int) -> dict[str, bytes]:
     return {name: thumbnail(each, side) for name, each in inputs.items()}
 
 
+def _measure(inputs: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: encode_measures(each) for name, each in inputs.items()}
+
+
 def _sheet(inputs: Mapping[str, bytes], cells: list[tuple[str | None, list[str]]]) -> dict[str, bytes]:
     return {"sheet": draw_sheet([(None if name is None else inputs[name], lines) for name, lines in cells])}
 
@@ -115,7 +120,12 @@ def _try_item(chunk: BinaryIO, path: str, models: str, number: int) -> dict[str,
 
 
 #: The works by their names; `try` takes a chunk, of which it reads one item.
-_WORKS: Mapping[str, Callable[..., dict[str, bytes]]] = {"resize": _resize, "thumbnail": _thumbnail, "sheet": _sheet}
+_WORKS: Mapping[str, Callable[..., dict[str, bytes]]] = {
+    "resize": _resize,
+    "thumbnail": _thumbnail,
+    "sheet": _sheet,
+    "measure": _measure,
+}
 
 
 def _run_job(job: dict[str, Any], files: Mapping[str, BinaryIO]) -> tuple[dict[str, Any], dict[str, bytes]]:

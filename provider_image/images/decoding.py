@@ -102,15 +102,23 @@ def decode_to_fit(data: bytes, side: int) -> PIL.Image.Image:
     :param side: of the square, in pixels.
     :raises BadInput: as `decode`.
     """
+    return decode_and_measure(data, side)[0]
+
+
+def decode_and_measure(data: bytes, side: int) -> tuple[PIL.Image.Image, tuple[int, int]]:
+    """Do as `decode_to_fit`. :return: the image, and (width, height) of the whole, upright."""
+    full_size = (0, 0)
 
     def reduce(image: _UprightImage) -> PIL.Image.Image:
+        nonlocal full_size
         import PIL.Image
 
+        full_size = image.full_size
         factor = min(1.0, side / max(image.size))
         width, height = (max(1, round(each * factor)) for each in image.size)
         return image.resize(width, height, image.centre(None), PIL.Image.Resampling.BILINEAR)
 
-    return _decode(data, MAX_PIXELS, (2 * side, 2 * side), reduce)
+    return _decode(data, MAX_PIXELS, (2 * side, 2 * side), reduce), full_size
 
 
 def _decode(
@@ -192,7 +200,7 @@ class _UprightImage:
         #: (width, height), upright, as loaded.
         self.size = image.size[::-1] if is_sideways else image.size
         #: The same at full scale; it was loaded at 1/divisor of that.
-        self._full_size = full[::-1] if is_sideways else full
+        self.full_size = full[::-1] if is_sideways else full
 
     def centre(self, crop: float | None) -> _Box:
         """Return the box of the centre crop, the same part at every scale, rounded as TensorFlow's EfficientNet does.
@@ -201,7 +209,7 @@ class _UprightImage:
         """
         if crop is None:
             return 0, 0, *self.size
-        width, height = self._full_size
+        width, height = self.full_size
         side = max(1, int(crop * min(width, height)))
         left, top = (width - side + 1) // 2, (height - side + 1) // 2
         return (

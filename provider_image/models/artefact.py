@@ -66,6 +66,8 @@ class Sample:
     file: str
     #: Its digest.
     sha256: str
+    #: Name of each further input -> the same two of it.
+    inputs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     #: The JSON of the service's output for default parameters.
     output: Any
     #: Name of each file of that output -> (the file in the artefact's folder, its digest).
@@ -150,8 +152,8 @@ class Artefact(ModelFacts):
     @property
     def file_names(self) -> tuple[str, ...]:
         """Return the names of all files in its folder beside model.json."""
-        expected = (file for sample in self.samples for file, _ in sample.files.values())
-        return (*self.files, *(sample.file for sample in self.samples), *expected)
+        more = (file for each in self.samples for file, _ in (*each.inputs.values(), *each.files.values()))
+        return (*self.files, *(sample.file for sample in self.samples), *more)
 
 
 def compute_digest(artefact: Artefact) -> str:
@@ -249,8 +251,11 @@ def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
 
 
 def _parse_sample(facts: Mapping[str, Any]) -> Sample:
-    files = {name: (str(file), str(sha256)) for name, (file, sha256) in facts.get("files", {}).items()}
-    return Sample(**plain_fields(Sample, facts), output=facts["output"], files=files)
+    inputs, files = (
+        {name: (str(file), str(sha256)) for name, (file, sha256) in facts.get(key, {}).items()}
+        for key in ("inputs", "files")
+    )
+    return Sample(**plain_fields(Sample, facts), inputs=inputs, output=facts["output"], files=files)
 
 
 def plain_fields(kind: type, facts: Mapping[str, Any]) -> dict[str, Any]:

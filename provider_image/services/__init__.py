@@ -7,6 +7,7 @@ from typing import cast
 
 from provider_image.errors import MalformedChunk
 from provider_image.extensions import SERVICES, Extensions
+from provider_image.schemas import MAX_ITEMS
 from provider_image.service import Service
 
 #: name -> "module:Class"; the class takes no arguments. Other packages add to it by entry points of this group.
@@ -15,7 +16,9 @@ REGISTRY = Extensions(
     {
         "classification": "provider_image.services.classification:Classification",
         "embedding": "provider_image.services.embedding:Embedding",
+        "quality": "provider_image.services.quality:Quality",
         "regression": "provider_image.services.regression:Regression",
+        "style_transfer": "provider_image.services.style_transfer:StyleTransfer",
         "table": "provider_image.services.table:Table",
         "text": "provider_image.services.text:Text",
     },
@@ -28,3 +31,11 @@ def load_service(name: str) -> Service:
     if name not in REGISTRY:
         raise MalformedChunk(f"There is no service {name[:64]!r}. There are: {', '.join(sorted(REGISTRY))}.")
     return cast(Service, REGISTRY.load(name)())
+
+
+def chunk_items(name: str) -> int:
+    """Return the most items of a chunk of a service: fewer than usual where the class has `chunk_items`.
+
+    A service whose items take seconds each has 1: a chunk must end within `MLG_CHUNK_TIMEOUT_SECONDS`.
+    """
+    return min(MAX_ITEMS, getattr(load_service(name), "chunk_items", MAX_ITEMS)) if name in REGISTRY else MAX_ITEMS

@@ -19,6 +19,7 @@ NAMES = (
     "sessions",
     "slow_clients",
     "startup",
+    "style",
     "training",
     "uploads",
 )

@@ -30,6 +30,7 @@ from server.auth.guard import current_key_id, quota_left
 from server.auth.limits import FairSlots
 from server.errors import BacklogFull, FetchingDisabled, TooManyUploads
 from server.intake.batch_parser import BatchItem, body_too_large, detect_format, parse_items, spool
+from server.intake.quality_gate import QualityGate, take_limits
 from server.intake.request_options import RequestOptions, parse_flag, read_request_options
 from server.intake.staging import StagedItem, Stager, disk_reserved
 from server.intake.uploads import (
@@ -52,6 +53,7 @@ from store import new_id
 from store.batches import BatchRecord
 from store.collections.collections import CollectionRecord
 from store.errors import QuotaReached
+from store.images import StagedImage
 from store.requests import NewRequest, RequestRecord
 from store.store import Store
 
@@ -72,6 +74,8 @@ class _Submission:
     webhook: str | None
     key_id: str | None
     params: Mapping[str, Any]
+    #: What the images must be like, see `quality_gate.py`. They change no answer, so they are not stored.
+    limits: Mapping[str, float]
 
     def new_request(self, *, created_at: datetime, name: str | None) -> NewRequest:
         return NewRequest(
@@ -155,6 +159,9 @@ class Intake:
         # A batch keeps a work slot for long, so all together get half of them, and one client half of that.
         self._batch_slots = FairSlots(settings.server_threads // 2)
         self._batch_fetch_slots = FairSlots(settings.server_threads // 4)
+        # An image that is measured waits for a process, without a work slot.
+        self._measuring_slots = FairSlots(settings.server_threads // 2)
+        self._quality_gate = QualityGate()
 
     def read_image(
         self, request: Request, model: str | None, *, query: tuple[dict[str, str], RequestOptions] | None = None
@@ -217,7 +224,20 @@ class Intake:
                         "curl -F image=@kitten.jpg URL"
                     ) from error
                 raise
+            if not submission.limits:
+                return self._store.requests.add(new, staged), submission.read_params
+        self._stager.check(staged, lambda staged: self._check_quality(staged, submission))
+        with self._work_slots:
             return self._store.requests.add(new, staged), submission.read_params
+
+    def _check_quality(self, staged: StagedImage, submission: _Submission) -> None:
+        """Check an image against its limits. :raises MlgError: as `QualityGate.check`, or too many are measured."""
+        with _slot(
+            self._measuring_slots,
+            submission.key_id,
+            "Too many images are being measured already. Send it again in a moment, or without limits of quality.",
+        ):
+            self._quality_gate.check(staged, submission.limits)
 
     @contextlib.contextmanager
     def read_batch(
@@ -373,6 +393,7 @@ class Intake:
                 service,
                 room=room,
                 is_full=is_full,
+                check=self._quality_gate.batch_check(submission.limits) if submission.limits else None,
             )
         try:
             check(outcomes)
@@ -420,6 +441,9 @@ class Intake:
         raw = dict(fields)
         webhook = check_webhook(raw.pop("webhook", None), allows_private=self._settings.allows_private_webhooks)
         is_fresh = parse_flag("fresh", raw.pop("fresh", "0"))
+        limits = take_limits(raw)
+        if limits and service.inputs[primary_input(service)].kind != "image":
+            raise errors.InvalidParams(f"{next(iter(limits))} is for images, and this model takes none.")
         params = check_params(service.params, raw)
         read_time = {param.name for param in service.params if param.is_read_time}
         return {
@@ -428,6 +452,7 @@ class Intake:
             "is_fresh": is_fresh,
             "shares_answers": self._settings.shares_answers,
             "webhook": webhook,
+            "limits": limits,
         }
 
     def room(self) -> tuple[int, errors.MlgError]:

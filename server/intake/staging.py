@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ from provider_image.images.headers import MEDIA_TYPES, read_header
 from provider_image.models.catalogue import ModelFacts
 from provider_image.rows import check_columns, format_row, parse_row
 from provider_image.service import Input, Service, primary_input
-from server.errors import FetchFailed
+from server.errors import FetchFailed, NotMeasured
 from server.intake.batch_parser import BatchItem
 from server.intake.url_fetcher import fetch
 from server.settings import ServerSettings
@@ -118,10 +118,18 @@ class Stager:
         return data, "application/octet-stream"
 
     def stage_items(
-        self, items: Iterator[BatchItem], row: ModelFacts, service: Service, *, room: int, is_full: errors.MlgError
+        self,
+        items: Iterator[BatchItem],
+        row: ModelFacts,
+        service: Service,
+        *,
+        room: int,
+        is_full: errors.MlgError,
+        check: Callable[[StagedImage], None] | None = None,
     ) -> list[StagedItem]:
         """Check and stage items, several at a time, in order.
 
+        :param check: called with each that was staged, in several threads; a BadInput or NotMeasured refuses it.
         :raises MlgError: `is_full`, if there are more than `room`, or what the items raise. Nothing is left behind.
         """
         outcomes: list[StagedItem] = []
@@ -133,7 +141,7 @@ class Stager:
                 for item in items:
                     if item.position >= room:
                         raise is_full
-                    waiting.append(threads.submit(self._stage_item, item, give_up_at, row, service))
+                    waiting.append(threads.submit(self._stage_item, item, give_up_at, row, service, check))
                     sizes.append(len(item.data or b""))
                     while len(waiting) > 2 * MAX_CONCURRENT_ITEMS or sum(sizes) > MAX_WAITING_BYTES:
                         sizes.popleft()
@@ -147,7 +155,14 @@ class Stager:
                 raise
         return outcomes
 
-    def _stage_item(self, item: BatchItem, give_up_at: float, row: ModelFacts, service: Service) -> StagedItem:
+    def _stage_item(
+        self,
+        item: BatchItem,
+        give_up_at: float,
+        row: ModelFacts,
+        service: Service,
+        check: Callable[[StagedImage], None] | None,
+    ) -> StagedItem:
         without_data = replace(item, data=None)
         try:
             if item.error is not None:
@@ -158,12 +173,23 @@ class Stager:
                 if seconds <= 0:
                     raise FetchFailed("Fetching the images of the batch took too long. Send the rest as another batch.")
                 data = self.fetch(item.url, seconds)
-            return StagedItem(item=without_data, staged=self.stage({primary_input(service): data}, row, service))
-        except (errors.BadInput, FetchFailed) as error:
+            staged = self.stage({primary_input(service): data}, row, service)
+            if check is not None:
+                self.check(staged, check)
+            return StagedItem(item=without_data, staged=staged)
+        except (errors.BadInput, FetchFailed, NotMeasured) as error:
             refused = RefusedItem(
                 position=item.position, client_id=item.client_id, code=error.code, reason=error.reason
             )
             return StagedItem(item=without_data, refused=refused)
+
+    def check(self, staged: StagedImage, check: Callable[[StagedImage], None]) -> None:
+        """Call a check of what was staged, and delete it if that raises."""
+        try:
+            check(staged)
+        except BaseException:
+            self._images.discard(staged)
+            raise
 
     def discard(self, outcomes: Sequence[StagedItem]) -> None:
         """Delete what was staged."""

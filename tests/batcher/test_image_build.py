@@ -198,6 +198,17 @@ def test_onnxruntime_is_in_the_image_only_if_a_model_needs_it(machine: Machine, 
     assert machine.context()["models/unusual/model.onnx"] == unusual.size_bytes
 
 
+def test_opencv_is_in_the_image_only_if_a_model_needs_it_which_is_built_first(machine: Machine) -> None:
+    machine.add("docker", ENGINE)
+
+    result = machine.mlg("build", MODEL, "quality")
+
+    assert result.returncode == 0, result.stderr
+    builds = [call for call in machine.calls() if call[1] == "build"]
+    assert ["BACKENDS=opencv-python-headless" in call for call in builds] == [True, True]
+    assert machine.context()["models/quality/method.json"] > 0
+
+
 @pytest.mark.parametrize(("engine", "command"), [("podman", ["build"]), ("buildah", ["bud", "--layers"])])
 def test_podman_and_buildah_build_too(machine: Machine, engine: str, command: list[str]) -> None:
     machine.add(engine, ENGINE)

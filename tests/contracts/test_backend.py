@@ -16,18 +16,22 @@ import numpy as np
 import pytest
 
 from provider_image.backends import REGISTRY, Device, load_net
+from provider_image.compiler import ensure_installed
 from provider_image.errors import BrokenArtefact, ConfigError, InferenceFailed
 from provider_image.models.artefact import compute_digest, find_artefact, read_artefact
 from tests.extensions import install_extension_models
 from tests.linear_models import install_linear_models
 from tests.onnx_models import install_unusual
+from tests.style_models import install_quick_texture
 
 #: Backend -> (model, shape of its input, type of its input).
 ARTEFACTS: dict[str, tuple[str, tuple[int, ...], type[np.generic]]] = {
     "onnxruntime": ("unusual", (32, 32, 3), np.uint8),
     "openvino": ("efficientnet_lite0", (224, 224, 3), np.uint8),
+    "opencv": ("quality", (48, 64, 3), np.uint8),
     "linear": ("iris_table", (4,), np.float64),
     "affine": ("iris_means", (4,), np.float32),
+    "style": ("texture", (2, 32, 32, 3), np.uint8),
 }
 #: Two machines may differ by this much, and a batch from its items.
 TOLERANCE = 1e-4
@@ -43,6 +47,8 @@ def models(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = install_linear_models(install_extension_models(tmp_path_factory.mktemp("models")))
     (folder / "efficientnet_lite0").symlink_to(models_folder / "efficientnet_lite0")
     install_unusual(folder)
+    ensure_installed(folder, "quality")
+    install_quick_texture(folder)
     return folder
 
 

@@ -26,6 +26,7 @@ from server.csv_cells import to_cell
 from server.endpoint import Field, operation, service_fields
 from server.intake.accept import ReceivedBatch
 from server.intake.batch_parser import MAX_ITEMS
+from server.intake.quality_gate import QUALITY_LIMITS
 from server.intake.request_options import FRESH, NAME, REQUEST_OPTIONS, WEBHOOK
 from server.intake.staging import StagedItem
 from server.intake.uploads import query_fields
@@ -70,7 +71,7 @@ class BatchViews(Views):
         "POST /requestPredictions/<model>",
         "Send many images",
         Scope.SUBMIT,
-        query=(*service_fields(), FRESH, NAME, WEBHOOK, *REQUEST_OPTIONS),
+        query=(*service_fields(), FRESH, NAME, WEBHOOK, *QUALITY_LIMITS, *REQUEST_OPTIONS),
         body={
             **MANY_IMAGES,
             "application/jsonl": {

@@ -15,6 +15,7 @@ from server.auth.guard import caller_check, current_key_id
 from server.context import Views
 from server.endpoint import form_schema, input_schemas, operation, service_fields
 from server.intake.accept import ReceivedImage
+from server.intake.quality_gate import QUALITY_LIMITS
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.uploads import read_fields
 from server.serializers import parse_read_params
@@ -39,13 +40,13 @@ class PredictionViews(Views):
         "POST /requestPrediction/<model>",
         "Send an image, a table row or a text",
         Scope.SUBMIT,
-        query=(*service_fields(), FRESH, WEBHOOK, *REQUEST_OPTIONS),
+        query=(*service_fields(), FRESH, WEBHOOK, *QUALITY_LIMITS, *REQUEST_OPTIONS),
         body={
-            "multipart/form-data": form_schema((*service_fields(), FRESH, WEBHOOK), input_schemas()),
+            "multipart/form-data": form_schema((*service_fields(), FRESH, WEBHOOK, *QUALITY_LIMITS), input_schemas()),
             "image/*": _IMAGE_SCHEMA,
             "application/octet-stream": _IMAGE_SCHEMA,
             "text/plain": _TEXT_SCHEMA,
-            "application/json": form_schema((*service_fields(), FRESH, WEBHOOK), _JSON_SCHEMAS),
+            "application/json": form_schema((*service_fields(), FRESH, WEBHOOK, *QUALITY_LIMITS), _JSON_SCHEMAS),
         },
         responses={202: "Submitted"},
     )

@@ -14,6 +14,7 @@ const counter = document.getElementById("count");
 const curl = document.getElementById("curl");
 const cardTemplate = document.getElementById("card");
 const barTemplate = document.getElementById("bar");
+const minSharpness = document.getElementById("min-sharpness");
 const maxBytes = Number(form.dataset.maxBytes);
 
 const pending = []; // cards to upload
@@ -37,7 +38,8 @@ form.addEventListener("submit", (event) => {
 form.addEventListener("change", () => {
   const base = curl.dataset.base;
   curl.textContent =
-    `curl -F image=@kitten.jpg ${base}/requestPrediction/${chosenModel() ?? "MODEL"}\n` +
+    `curl -F image=@kitten.jpg ${minSharpness.value && `-F min_sharpness=${minSharpness.value} `}` +
+    `${base}/requestPrediction/${chosenModel() ?? "MODEL"}\n` +
     `curl '${base}/readPrediction/REQ_ID?wait=30'`;
 });
 
@@ -98,6 +100,7 @@ async function upload(card) {
   try {
     const body = new FormData();
     body.append("image", await resizeIfTooLarge(card.file, maxBytes), card.file.name || "pasted.png");
+    body.append("min_sharpness", minSharpness.value);
     const response = await fetch(`/requestPrediction/${encodeURIComponent(card.model)}`, { method: "POST", body });
     answer = await response.json();
   } catch {

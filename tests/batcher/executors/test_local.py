@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 
 from batcher.executors import Job
-from batcher.executors.local import LocalExecutor
+from batcher.executors.local import LocalExecutor, LocalTimings
 from batcher.executors.worker_process import WorkerProcess
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import ChunkError, WorkerDied
+from provider_image.images.headers import media_type
+from provider_image.progress import ProgressReport
 from provider_image.subprocesses import child_environment
 from tests.contexts import make_context
+from tests.extensions import FOLDER, install_extension_models
 from tests.timing import until
 
 MODEL = "efficientnet_lite0"
@@ -213,7 +216,7 @@ def test_warming_up_may_take_as_long_as_a_chunk(
     class Process:
         number = 0
 
-        async def run_chunk(self, chunk: Path, results: Path) -> dict[str, Any]:
+        async def run_chunk(self, chunk: Path, results: Path, on_progress: Any = None) -> dict[str, Any]:
             return {"ok": True}
 
     variables = {} if chunk_timeout is None else {"MLG_CHUNK_TIMEOUT_SECONDS": chunk_timeout}
@@ -225,6 +228,42 @@ def test_warming_up_may_take_as_long_as_a_chunk(
     asyncio.run(executor._warm_up(process))
 
     assert limits == [expected]
+
+
+def test_a_worker_sends_what_a_service_reports_before_its_reply(tmp_path: Path, photos: dict[str, bytes]) -> None:
+    models = install_extension_models(tmp_path / "models")
+    inputs = {"image": photos["coffee"], "style": photos["rocket"]}
+    # Longer than the interval of reports, however fast the machine is.
+    item = ChunkItem(number=0, inputs=inputs, params={"steps": 10, "pause": 0.15})
+    write_chunk(tmp_path / "blend.zip", "c", "blend", "blend_even", None, [item])
+    reports: list[ProgressReport] = []
+
+    async def main() -> None:
+        executor = LocalExecutor(make_context(tmp_path / "work", models, MLG_WORKERS="1", PYTHONPATH=str(FOLDER)))
+        await executor.start()
+        blend = replace(job(tmp_path), chunk=tmp_path / "blend.zip")
+        outcome = await executor.run(replace(blend, on_progress=reports.append))
+        silent = await executor.run(blend)
+        await executor.close()
+        assert (outcome.error, silent.error) == (None, None)
+
+    asyncio.run(main())
+
+    assert reports
+    assert [report.fraction for report in reports] == sorted(report.fraction for report in reports)
+    assert all(report.item == 0 and 0 < report.fraction <= 1 for report in reports)
+    assert media_type(reports[0].preview or b"") == "image/jpeg"
+
+
+def test_a_malformed_report_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    worker = WorkerProcess(0, tmp_path, (), {}, LocalTimings())
+    reports: list[ProgressReport] = []
+
+    for line in (b'{"progress": []}', b'{"progress": {"item": 0, "fraction": 9, "preview": null}}', b'{"progress":'):
+        worker._report(line, reports.append)
+
+    assert reports == []
+    assert len(caplog.messages) == 3
 
 
 def test_processes_that_see_bytes_of_strangers_get_no_secrets() -> None:

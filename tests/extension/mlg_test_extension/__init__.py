@@ -1,1 +1,1 @@
-"""A package outside of mlg that adds two services and a backend by entry points, as docs/contributing.md describes."""
+"""A package outside of mlg that adds three services and a backend by entry points, see docs/contributing.md."""

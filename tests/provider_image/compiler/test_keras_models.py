@@ -41,7 +41,7 @@ from provider_image.services import load_service
 from provider_image.services.classification import top_labels
 from tests.seeded_weights import seeded_network, write_weights
 
-ROWS = [row for row in CATALOGUE.values() if row.source == "keras" and row.base is None]
+ROWS = [row for row in CATALOGUE.values() if row.source == "keras" and row.service == "classification"]
 SMALL = CATALOGUE["mobilenet_v2"]
 #: Models that differ from others only in depth and width, or are made of their blocks.
 LARGER = {

@@ -2,12 +2,13 @@
 
 import pytest
 
+from provider_image.compiler import can_build_now
 from provider_image.errors import UnknownModel
 from provider_image.models import catalogue
 from provider_image.models.catalogue import CATALOGUE, find_model, install_command
 
 
-def test_catalogue_has_the_sixteen_keras_models_the_starter_newer_ones_and_transformers():
+def test_catalogue_has_the_sixteen_keras_models_the_starter_newer_ones_transformers_and_methods():
     names = {name for name, row in CATALOGUE.items() if row.base is None}
 
     assert names == {
@@ -34,13 +35,15 @@ def test_catalogue_has_the_sixteen_keras_models_the_starter_newer_ones_and_trans
         ],
         *["mobilenet_v2", "efficientnetv2_b0", "convnext_tiny"],
         *["vit_base_patch16_224", "vit_large_patch16_224", "deit_base", "deit_base_distilled", "beit_base"],
+        *["quality", "texture", "style_vgg19"],
     }
 
 
-def test_every_model_has_an_embedding_that_takes_what_it_takes():
+def test_every_classifier_has_an_embedding_that_takes_what_it_takes():
     embeddings = {row.base: row for row in CATALOGUE.values() if row.base is not None}
+    classifiers = [row.name for row in CATALOGUE.values() if row.features]
 
-    assert list(embeddings) == [row.name for row in CATALOGUE.values() if row.base is None]
+    assert list(embeddings) == classifiers
     for name, row in embeddings.items():
         model = CATALOGUE[name]
         assert (row.name, row.service, row.dimensions) == (f"{name}_embedding", "embedding", model.features)
@@ -127,7 +130,12 @@ def test_install_command_names_the_model():
 def test_every_row_has_what_builds_it():
     for row in CATALOGUE.values():
         if row.base is None:
-            needed = {"keras": row.keras_class and row.weights, "folder": row.transformer, "wheel": row.name}
+            needed = {
+                "keras": row.keras_class and row.weights,
+                "folder": row.transformer,
+                "wheel": row.name,
+                "method": can_build_now(row),
+            }
             assert needed[row.source], row.name
             assert (row.transformer is not None) == (row.source == "folder")
             if row.transformer is not None:

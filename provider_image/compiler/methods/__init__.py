@@ -1,0 +1,1 @@
+"""Builders of models that are methods of OpenCV and have no weights."""
