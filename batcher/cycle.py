@@ -25,6 +25,7 @@ from batcher.errors import ResizingUnavailable
 from batcher.executors import Executor, Job, Outcome
 from batcher.packing import PackedChunk, pack, resized_bytes
 from batcher.planner import PlannedChunk, plan, stored_bytes
+from batcher.progress import ProgressWriter
 from batcher.resizing import Resizer
 from batcher.result_writer import ResultWriter, Tally
 from batcher.results import (
@@ -104,6 +105,7 @@ class Cycle:
         # Separate threads: packing that waits for decoders must not delay the renewal of leases.
         self._packers = None if resizer is None else ThreadPoolExecutor(MAX_PACKING_THREADS, thread_name_prefix="pack")
         self._resolving = asyncio.Semaphore(_MAX_RESOLVING)
+        self._progress = ProgressWriter(store.progress.record, pause_seconds=timings.progress_seconds)
         self._batcher_id = batcher_id
         self._wake = asyncio.Event()
         self._is_flushing = False
@@ -166,6 +168,7 @@ class Cycle:
         self._tally = Tally()
         choose = models or (lambda: available_models(self._settings.models))
         renewing = asyncio.create_task(self._renew_leases())
+        reporting = asyncio.create_task(self._progress.run())
         try:
             while not stop.is_set():
                 self._wake.clear()
@@ -184,9 +187,10 @@ class Cycle:
                 await self._drain()
         finally:
             # Tasks remain only after a failure of the cycle itself; their leases expire.
-            for task in (*self._tasks, *self._runs, renewing):
+            tasks = [*self._tasks, *self._runs, renewing, reporting]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, *self._runs, renewing, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         self._tally.seconds = loop.time() - started_at
         return self._tally
 
@@ -352,6 +356,7 @@ class Cycle:
             timeout_seconds=self._settings.chunk_timeout_seconds,
             is_last_try=is_last_try(packed.items),
             check=self._try_item and partial(check_results, packed, self._settings.models, self._try_item),
+            on_progress=partial(self._progress.put, packed),
         )
         self._tally.chunks += 1
         run = asyncio.create_task(self._executor.run(job))

@@ -28,6 +28,8 @@ class BatcherTimings:
     lease_check_seconds: float = 1.0
     #: When the batcher stops, limit for writing the remaining results.
     final_write_seconds: float = 5.0
+    #: Least time between two records of what workers report of items under way.
+    progress_seconds: float = 0.5
     #: Interval of the heartbeat.
     heartbeat_seconds: float = 2.0
     #: Interval at which the operator's controls are read.

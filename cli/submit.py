@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,19 @@ COLUMNS = ("file", "req_id", "status", "rank", "wnid", "label", "probability", "
 @click.option("--model", required=True, metavar="MODEL", help="Model to run; `mlg models` lists them.")
 @click.option("--wait", is_flag=True, help="Wait for the results and print them.")
 @file_option("--out", "Wait for the results and write them to this .jsonl or .csv file.")
+@file_option(
+    "--images", "Wait for the results and write those that are images to this folder.", metavar="DIR", file_okay=False
+)
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="A further input of the model, the same for all images; may be repeated.",
+)
+@click.option(
+    "--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the model; may be repeated."
+)
 @url_option
 @click.option("--top", type=click.IntRange(1, 20), help="Number of labels per image. [default: 5]")
 @click.option(
@@ -64,6 +77,9 @@ def submit(
     model: str,
     wait: bool,
     out: Path | None,
+    images: Path | None,
+    inputs: Sequence[str],
+    params: Sequence[str],
     url: str | None,
     top: int | None,
     retry_timeout_seconds: float,
@@ -71,7 +87,7 @@ def submit(
     """Send images, or folders of images, to a server.
 
     After an interruption run the same command again: images that the server has acknowledged are not sent twice, except
-    those that have failed, expired or been cancelled since.
+    those that have failed, expired or been cancelled since. With another --input or --param they are others.
 
     Each line on stdout is a file and its request id, separated by a tab; with --wait the status and the best label
     follow, or the JSON of an answer that has no labels. A .jsonl file has the URLs of the answers' files, such as the
@@ -82,24 +98,28 @@ def submit(
       mlg submit --model efficientnet_lite0 --wait kitten.jpg
       mlg submit --model efficientnet_lite0 --out results.csv photos/
       mlg submit --model efficientnet_lite0_embedding --out vectors.jsonl photos/
+      mlg submit --model texture --input style=painting.jpg --images painted/ photos/
     """
     from mlg_client import Client, ClientError, Unreachable
 
     home = Environment(environment()).path("MLG_HOME", "~/.mlg")
     if out is not None:
         check_out(out)
+    if images is not None:
+        make_folder(images)
+    extras = Extras.parse(inputs, params)
     rows = [Row(file=file) for file in find_files(paths)]
-    is_waiting = wait or out is not None
+    is_waiting = wait or out is not None or images is not None
     _handle_interrupt()
     try:
         with (
             Client(url, retry_timeout_seconds=retry_timeout_seconds) as client,
-            SubmitJournal(home, client.url, model.lower()) as journal,
+            SubmitJournal(home, client.url, extras.key(model)) as journal,
             _progress_bars() as progress,
         ):
             sent = progress.add_task("sent", total=len(rows))
             answered = progress.add_task("answered", total=len(rows), visible=is_waiting)
-            for row in send_all(rows, client, model, journal, top=top):
+            for row in send_all(rows, client, model, journal, extras, top=top):
                 progress.advance(sent)
                 if row.request is None:
                     progress.advance(answered)
@@ -107,6 +127,8 @@ def submit(
                     _print_line([os.fsencode(row.file), row.request.id.encode()])
             for _ in wait_for_all(rows, client, top=top) if is_waiting else ():
                 progress.advance(answered)
+            if images is not None:
+                save_images(rows, client, images)
     except (ClientError, MlgError, KeyboardInterrupt) as error:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if out is not None:
@@ -127,7 +149,9 @@ def submit(
         raise
     if out is not None:
         write_rows(rows, out)
-    elif is_waiting:
+    if images is not None and not wait:
+        click.echo(f"mlg: {sum(row.image is not None for row in rows)} images are in {images}.", err=True)
+    elif out is None and is_waiting:
         for row in rows:
             _print_result(row)
     failed = [row for row in rows if row.is_failed]
@@ -150,6 +174,8 @@ class Row:
     #: Why it failed, for people and for programs.
     reason: str | None = None
     code: str | None = None
+    #: Where its image answer is.
+    image: Path | None = None
 
     @property
     def is_failed(self) -> bool:
@@ -165,6 +191,42 @@ class Row:
             self.status = "refused"
         else:
             self.request, self.status = outcome, outcome.status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What is sent beside each image: further inputs and parameters."""
+
+    inputs: Mapping[str, bytes]
+    params: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, inputs: Iterable[str], params: Iterable[str]) -> Extras:
+        """Read NAME=FILE and NAME=VALUE. :raises ConfigError: one is malformed, or the file cannot be read."""
+        data: dict[str, bytes] = {}
+        for name, path in _pairs("--input", inputs, "FILE").items():
+            try:
+                data[name] = Path(path).read_bytes()
+            except OSError as error:
+                raise ConfigError(f"--input {name}: {path} cannot be read: {error.strerror}.") from error
+        return cls(inputs=data, params=_pairs("--param", params, "VALUE"))
+
+    def key(self, model: str) -> str:
+        """Return what the journal is for: requests with another key are others, though the image is the same."""
+        if not self.inputs and not self.params:
+            return model.lower()
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.inputs.items()}
+        return json.dumps([model.lower(), digests, dict(self.params)], sort_keys=True)
+
+
+def _pairs(option: str, given: Iterable[str], what: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        if not name or not separator or name in pairs:
+            raise ConfigError(f"{option} takes NAME={what}, each name once, not {text!r}.")
+        pairs[name] = value
+    return pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +265,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def send_all(
-    rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int | None
+    rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, extras: Extras, *, top: int | None
 ) -> Iterator[Row]:
     """Send the images that the server has not acknowledged yet, or that ended without a result; identical ones once.
 
@@ -212,7 +274,7 @@ def send_all(
         sent so far.
     """
     # By sha256.
-    outcomes = _send_unfinished(rows, client, model, journal)
+    outcomes = _send_unfinished(rows, client, model, journal, extras)
     for part in _read_in_parts(rows):
         new: dict[str, _ImageFile] = {}
         for _, image in part:
@@ -228,7 +290,7 @@ def send_all(
             files = {image.sha256: str(image.file.absolute()) for image in missing}
             batch = SentBatch(key=uuid.uuid4().hex, files=files)
             journal.begin(batch)
-            outcomes |= _send_batch(batch, missing, client, model, journal)
+            outcomes |= _send_batch(batch, missing, client, model, journal, extras)
         for row, image in part:
             if image is not None:
                 row.update(outcomes[image.sha256])
@@ -249,6 +311,30 @@ def wait_for_all(rows: Sequence[Row], client: Client, *, top: int | None) -> Ite
         for row in waiting[request.id]:
             row.update(request)
             yield row
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of image answers. :raises ConfigError: it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--images: {folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--images: {folder} cannot be written.")
+
+
+def save_images(rows: Sequence[Row], client: Client, folder: Path) -> None:
+    """Write the image answers into a folder; rows of the same request share a file.
+
+    :raises ClientError: the server is unreachable. :raises StoreUnavailable: a file cannot be written.
+    """
+    requests = {row.request.id: row.request for row in rows if row.request is not None}
+    try:
+        files = dict(zip(requests, client.save_images(requests.values(), folder), strict=True))
+    except OSError as error:
+        raise StoreUnavailable(f"{folder} cannot be written: {error.strerror}.") from error
+    for row in rows:
+        row.image = files[row.request.id] if row.request is not None else None
 
 
 def write_rows(rows: Sequence[Row], out: Path) -> None:
@@ -318,7 +404,7 @@ def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _ImageFile |
 
 
 def _send_unfinished(
-    rows: Iterable[Row], client: Client, model: str, journal: SubmitJournal
+    rows: Iterable[Row], client: Client, model: str, journal: SubmitJournal, extras: Extras
 ) -> dict[str, Request | Refused]:
     """Send the batch that an earlier run left without an answer, under its key, so that the server accepts it once.
 
@@ -335,7 +421,7 @@ def _send_unfinished(
     try:
         images = [_ImageFile.read(Path(file)) for file in batch.files.values()]
         if [image.sha256 for image in images] == list(batch.files):
-            return _send_batch(batch, images, client, model, journal)
+            return _send_batch(batch, images, client, model, journal, extras)
     except OSError:
         pass  # reported when the file is read again, with all others
     except Refused as error:
@@ -346,13 +432,25 @@ def _send_unfinished(
 
 
 def _send_batch(
-    batch: SentBatch, images: Sequence[_ImageFile], client: Client, model: str, journal: SubmitJournal
+    batch: SentBatch,
+    images: Sequence[_ImageFile],
+    client: Client,
+    model: str,
+    journal: SubmitJournal,
+    extras: Extras,
 ) -> dict[str, Request | Refused]:
     """Send images and record what the server acknowledged. :return: by sha256. :raises ClientError:"""
     from mlg_client import Request
 
     names = [os.fsencode(image.file.name).decode("utf-8", "replace") for image in images]
-    sent = client.submit_many([image.data for image in images], model, names=names, idempotency_key=batch.key)
+    sent = client.submit_many(
+        [image.data for image in images],
+        model,
+        names=names,
+        inputs=extras.inputs,
+        params=extras.params,
+        idempotency_key=batch.key,
+    )
     outcomes = dict(zip(batch.files, sent.outcomes, strict=True))
     journal.finish(batch, {sha256: one.id for sha256, one in outcomes.items() if isinstance(one, Request)})
     return outcomes
@@ -379,6 +477,7 @@ def _json_row(row: Row) -> dict[str, Any]:
         "status": row.status,
         "preds": row.request.preds if row.request else None,
         **({"files": answer["files"]} if answer.get("files") else {}),
+        **({"image": str(row.image)} if row.image is not None else {}),
         "reason": row.reason,
         "code": row.code,
         **{name: answer.get(name) for name in ("model", "cached", "digest", "provider", "seconds", "finished_at")},

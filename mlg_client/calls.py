@@ -14,12 +14,14 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from mlg_client.errors import FATAL, RETRYABLE, ClientError, Refused, StillWaiting, Unreachable, error_of, retry_after
+from mlg_client.image_files import name_images, write_whole
 from mlg_client.methods import ClientMethod, ClientStream
 from mlg_client.records import FINAL, Batch, Model, Request
 from mlg_client.sse import Event
@@ -96,7 +98,8 @@ class Calls(abc.ABC):
             query = _query(labels, params, webhook)
             return await self._submit_fields(form_fields(image), name, model, query, idempotency_key)
         upload = load(image, name=name)
-        return await self._submit_one(upload, model, _query(labels, params, webhook), idempotency_key)
+        query = _query(labels, params, webhook)
+        return await self._submit_fields([upload.form_field], upload.name, model, query, idempotency_key)
 
     @ClientMethod
     async def read(self, id: str, *, hold_seconds: float = 0.0, top: int | None = None) -> Request:
@@ -111,8 +114,43 @@ class Calls(abc.ABC):
     @ClientMethod
     async def file(self, request: Request | str, name: str) -> bytes:
         """Read a file of a result; see `Request.files`. :raises Refused: with the code unknown_file or picture_gone."""
-        path = f"/requests/{_id(request)}/files/{quote(name, safe='')}"
-        return await self._exchange(lambda response: response.content, "GET", path)
+        return await self._bytes(f"/requests/{_id(request)}/files/{quote(name, safe='')}")
+
+    @ClientMethod
+    async def image(self, request: Request | str) -> bytes:
+        """Read the image that answers a request, a JPEG, PNG or WebP file.
+
+        :raises Refused: with the code unknown_file or picture_gone.
+        """
+        return await self._bytes(f"/requests/{_id(request)}/image")
+
+    @ClientMethod
+    async def preview(self, request: Request | str) -> bytes | None:
+        """Read what the image that will answer a request looks like now, a JPEG; None if there is nothing to see."""
+        try:
+            return await self._bytes(f"/requests/{_id(request)}/preview")
+        except Refused as error:
+            if error.code != "unknown_file":
+                raise
+            return None
+
+    @ClientMethod
+    async def save_images(self, requests: Iterable[Request], folder: str | os.PathLike[str]) -> list[Path | None]:
+        """Write the images that answer requests into a folder, which is created; several at the same time.
+
+        :return: the file of each, named after the image that was sent; None for a request without such an answer.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        requests = list(requests)
+        files = name_images(requests, Path(folder))
+
+        async def save(numbered: tuple[Request, Path | None]) -> Path | None:
+            request, file = numbered
+            if file is not None:
+                write_whole(file, await self._bytes(f"/requests/{_id(request)}/image"))
+            return file
+
+        return await self._map(save, list(zip(requests, files, strict=True)))
 
     @ClientMethod
     async def wait(self, request: Request | str, timeout: float | None = None) -> Request:
@@ -140,6 +178,7 @@ class Calls(abc.ABC):
         model: str,
         *,
         names: Iterable[str] | None = None,
+        inputs: Inputs | None = None,
         labels: Mapping[str, str] | None = None,
         params: Mapping[str, Any] | None = None,
         webhook: str | None = None,
@@ -148,6 +187,7 @@ class Calls(abc.ABC):
         """Send many images, in batches if the server has them. Images that it refuses are listed in the result.
 
         :param names: a file name for each image. Defaults to those of the paths or files.
+        :param inputs: what the model takes beside an image, the same for all: {"style": "painting.jpg"}.
         :param idempotency_key: sending the same images with the same key creates no second requests. Defaults to a
             random key.
         :raises Refused: the server accepts no image with this model or these parameters.
@@ -159,7 +199,8 @@ class Calls(abc.ABC):
             if names is None
             else (load(image, name=name) for image, name in zip(images, names, strict=True))
         )
-        return await self._submit_all(uploads, model, _query(labels, params, webhook), idempotency_key)
+        query, shared = _query(labels, params, webhook), form_fields(inputs or {})
+        return await self._submit_all(uploads, model, query, idempotency_key, shared=shared)
 
     @ClientMethod
     async def submit_dir(
@@ -167,6 +208,7 @@ class Calls(abc.ABC):
         folder: str | os.PathLike[str],
         model: str,
         *,
+        inputs: Inputs | None = None,
         labels: Mapping[str, str] | None = None,
         params: Mapping[str, Any] | None = None,
         webhook: str | None = None,
@@ -177,7 +219,8 @@ class Calls(abc.ABC):
         """
         found = find_images(folder)
         uploads = (load(path, id=path.relative_to(folder).as_posix()) for path in found)
-        return await self._submit_all(uploads, model, _query(labels, params, webhook))
+        query, shared = _query(labels, params, webhook), form_fields(inputs or {})
+        return await self._submit_all(uploads, model, query, shared=shared)
 
     @ClientMethod
     async def read_many(self, ids: Iterable[str], *, top: int | None = None) -> list[Request | None]:
@@ -299,8 +342,7 @@ class Calls(abc.ABC):
     @ClientMethod
     async def training_file(self, id: str, name: str) -> bytes:
         """Read a file of a training's result, for example confusion.png. :raises Refused: there is none."""
-        path = f"/trainings/{_id(id)}/files/{quote(name, safe='')}"
-        return await self._exchange(lambda response: response.content, "GET", path)
+        return await self._bytes(f"/trainings/{_id(id)}/files/{quote(name, safe='')}")
 
     @ClientMethod
     async def cancel_training(self, id: str) -> Mapping[str, Any]:
@@ -375,8 +417,13 @@ class Calls(abc.ABC):
         key: str | None = None,
         *,
         batch_path: str | None = None,
+        shared: Sequence[tuple[str, Any]] = (),
     ) -> Batch:
-        """Send images in batches. :param batch_path: where to; None sends them for the model, or one by one."""
+        """Send images in batches.
+
+        :param batch_path: where to; None sends them for the model, or one by one.
+        :param shared: fields that every batch, or request, has too.
+        """
         outcomes: list[tuple[ImageUpload, Request | Refused]] = []
         raw: list[Mapping[str, Any]] = []
         key = key or uuid.uuid4().hex
@@ -386,18 +433,18 @@ class Calls(abc.ABC):
             if batch_path is not None:
                 answer = await self._post(batch_path, query=query, files=_batch_fields(part), key=part_key)
             elif len(part) > 1:
-                answer = await self._post_batch(part, model, query, part_key)
+                answer = await self._post_batch(part, model, query, part_key, shared)
             if answer is None:
-                outcomes += await self._submit_singly(part, model, query, part_key)
+                outcomes += await self._submit_singly(part, model, query, part_key, shared)
                 continue
             raw.append(answer)
-            shared = {"model": answer.get("model", model), "batch_id": answer["batch_id"]}
+            facts = {"model": answer.get("model", model), "batch_id": answer["batch_id"]}
             for one, item in zip(part, answer["items"], strict=True):
                 if item.get("req_id") is None:
                     code = str(item.get("code") or "refused")
                     outcomes.append((one, Refused(str(item.get("reason")), code=code)))
                 else:
-                    outcomes.append((one, Request.from_answer({"name": one.name, **shared, **item})))
+                    outcomes.append((one, Request.from_answer({"name": one.name, **facts, **item})))
         return Batch(
             ids=tuple(str(answer["batch_id"]) for answer in raw),
             requests=tuple(outcome for _, outcome in outcomes if isinstance(outcome, Request)),
@@ -407,14 +454,19 @@ class Calls(abc.ABC):
         )
 
     async def _post_batch(
-        self, uploads: Sequence[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str
+        self,
+        uploads: Sequence[ImageUpload],
+        model: str,
+        query: Sequence[tuple[str, str]],
+        key: str,
+        shared: Sequence[tuple[str, Any]],
     ) -> dict[str, Any] | None:
         """Send images as one batch; None if the server has no batches or refuses this one as a whole."""
         if not self._has_batches:
             return None
         path = f"/requestPredictions/{quote(model, safe='')}"
         try:
-            return await self._post(path, query=query, files=_batch_fields(uploads), key=key)
+            return await self._post(path, query=query, files=[*shared, *_batch_fields(uploads)], key=key)
         except Refused as error:
             if error.status in _MISSING_STATUSES and error.code in ("not_found", "method_not_allowed"):
                 self._has_batches = False
@@ -423,23 +475,24 @@ class Calls(abc.ABC):
             return None
 
     async def _submit_singly(
-        self, uploads: Sequence[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str
+        self,
+        uploads: Sequence[ImageUpload],
+        model: str,
+        query: Sequence[tuple[str, str]],
+        key: str,
+        shared: Sequence[tuple[str, Any]],
     ) -> list[tuple[ImageUpload, Request | Refused]]:
         async def send(numbered: tuple[int, ImageUpload]) -> tuple[ImageUpload, Request | Refused]:
             number, one = numbered
             try:
-                return one, await self._submit_one(one, model, query, f"{key}-{number}")
+                fields = [one.form_field, *shared]
+                return one, await self._submit_fields(fields, one.name, model, query, f"{key}-{number}")
             except Refused as error:
                 if not error.is_about_one_image:
                     raise
                 return one, error
 
         return await self._map(send, list(enumerate(uploads)))
-
-    async def _submit_one(
-        self, upload: ImageUpload, model: str, query: Sequence[tuple[str, str]], key: str | None
-    ) -> Request:
-        return await self._submit_fields([upload.form_field], upload.name, model, query, key)
 
     async def _submit_fields(
         self,
@@ -540,6 +593,9 @@ class Calls(abc.ABC):
 
     async def _send(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         return await self._exchange(_read_answer, method, path, **more)
+
+    async def _bytes(self, path: str) -> bytes:
+        return await self._exchange(lambda response: response.content, "GET", path)
 
     async def _exchange(self, read: Callable[[httpx.Response], T | None], method: str, path: str, **more: Any) -> T:
         """Send a request, and retry until the retry timeout.

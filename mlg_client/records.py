@@ -8,6 +8,8 @@ from typing import Any
 
 from mlg_client.errors import Refused
 
+#: The file of a result that is the image which answers the request.
+IMAGE_ANSWER = "image"
 #: Statuses that do not change any more, unless the request is retried.
 FINAL = frozenset({"done", "failed", "cancelled", "expired"})
 

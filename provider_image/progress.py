@@ -118,7 +118,7 @@ def reporting(board: ProgressBoard | None, numbers: Sequence[int]) -> Iterator[N
 def report_progress(item: int, fraction: float, preview: Callable[[], bytes] | None = None) -> None:
     """Report how far an item is. Services call it in `run`, in the thread that called that, as often as they like.
 
-    It costs a microsecond unless a report is due: twice a second at most, and a preview every two seconds.
+    It takes microseconds unless a report is due: twice a second at most, and a preview every two seconds.
 
     :param item: the item's index in what `run` was given.
     :param fraction: the part that is done, 0 to 1.

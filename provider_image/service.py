@@ -37,7 +37,7 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """An input of a service. The first of a service is not optional, and a batch has only that one."""
+    """An input of a service. The first of a service is not optional; the others are the same for a whole batch."""
 
     #: image (its header is checked), row (a JSON object of plain values, a row of a table), text (UTF-8) or file (any
     #: bytes).

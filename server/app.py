@@ -27,6 +27,7 @@ from server.context import Context, Views
 from server.pages.api_reference import ApiReferenceViews
 from server.pages.batches import BatchPageViews
 from server.pages.collections import CollectionPageViews
+from server.pages.gallery import GalleryViews
 from server.pages.home import HomeViews
 from server.pages.login import LoginViews
 from server.pages.operator import OperatorPageViews
@@ -50,6 +51,7 @@ VIEWS: tuple[type[Views], ...] = (
     OperatorViews,
     RenderViews,
     HomeViews,
+    GalleryViews,
     RequestPageViews,
     BatchPageViews,
     CollectionPageViews,

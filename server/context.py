@@ -80,7 +80,7 @@ class Context:
         active_reads = ActiveReads(settings.reading_threads)
         queue_stats = QueueStats(store)
         work_slots = threading.BoundedSemaphore(settings.server_threads)
-        change_dispatcher = ChangeDispatcher(store.changes, capacity=settings.max_streams)
+        change_dispatcher = ChangeDispatcher(store.changes, store.progress, capacity=settings.max_streams)
         intake = Intake(
             settings, store, queue_stats=queue_stats, active_reads=active_reads, work_slots=work_slots, clock=clock
         )

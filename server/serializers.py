@@ -15,12 +15,13 @@ from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import ModelFacts, install_command
 from provider_image.models.registry import list_rows
 from provider_image.models.speed import read_speed
-from provider_image.service import check_params, primary_input
+from provider_image.service import IMAGE_ANSWER, check_params, primary_input
 from provider_image.services import REGISTRY, load_service
 from server.record_json import fields, given_fields
 from server.status.eta import WaitEstimate
 from store.batches import BatchProgress, BatchRecord
 from store.clients.webhooks import DeliveryRecord
+from store.processes.progress import ProgressRecord
 from store.requests import RequestRecord
 from store.states import RequestState
 from store.trainings.records import TrainingRecord
@@ -60,6 +61,10 @@ def serialize_request(
             result |= {"unknown": request.output[0][2] < threshold, "unknown_below": threshold}
         if request.cost is not None:
             result["cost_is_final"] = request.is_cost_final
+    if request.progress is not None:
+        result |= serialize_progress(request.progress)
+    if IMAGE_ANSWER in request.files:
+        result["image_url"] = f"/requests/{request.id}/image"
     if request.files:
         result["files"] = {
             name: {
@@ -76,6 +81,13 @@ def serialize_request(
         # Also while it is queued again: why the last attempt failed.
         result |= fields(request, "reason code")
     return result
+
+
+def serialize_progress(progress: ProgressRecord) -> dict[str, Any]:
+    """Build the JSON of what a worker reported of a request."""
+    # Each has another address, so that browsers load it.
+    preview_url = f"/requests/{progress.id}/preview?number={progress.previews}" if progress.previews else None
+    return {"progress": round(progress.fraction, 4), "preview_url": preview_url}
 
 
 def unknown_below(models: Path, request: RequestRecord) -> float:
@@ -138,6 +150,11 @@ def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
         **fields(row, "height width base"),
         "dimensions": row.dimensions or None,
         "input": _input_kind(row.service),
+        "inputs": {
+            name: {"kind": one.kind, "is_optional": one.is_optional, "help": one.help}
+            for name, one in load_service(row.service).inputs.items()
+        },
+        "answers_with_image": IMAGE_ANSWER in load_service(row.service).outputs,
         "columns": list(row.columns),
         "installed": artefact is not None,
         "builds_on_first_use": artefact is None and can_build_now(row),

@@ -24,7 +24,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -273,15 +273,27 @@ class Batches:
         self._images = images
 
     def add(
-        self, batch: BatchRecord, items: Sequence[tuple[NewRequest, StagedImage]], refused_items: Sequence[RefusedItem]
+        self,
+        batch: BatchRecord,
+        items: Sequence[tuple[NewRequest, StagedImage]],
+        refused_items: Sequence[RefusedItem],
+        *,
+        shared: Mapping[str, StagedImage] = {},
     ) -> list[RequestRecord]:
         """Add a batch, its requests in this order, and its refused items; return when all are durable.
 
+        :param shared: inputs that every request has beside its own, by name; stored once.
         :raises StoreError: nothing is left behind, the staged images included.
         :raises QuotaReached: likewise.
         """
         values = _batch_row(batch, total=len(items), refused=len(refused_items), arrival=_HIDDEN)
-        rows: list[NewItem] = [(new, staged, request_row(new, staged)) for new, staged in items]
+        rows: list[NewItem] = []
+        to_publish: list[StagedImage] = []
+        for new, staged in items:
+            whole = replace(staged, others={**staged.others, **shared})
+            # What is shared is published with the first request, and needed by all that follow.
+            to_publish.append(staged if to_publish else whole)
+            rows.append((new, to_publish[-1], request_row(new, whole)))
         lease = _make_lease(batch)
 
         def begin(transaction: Transaction) -> None:
@@ -330,9 +342,12 @@ class Batches:
         except BaseException:
             if is_begun:
                 self._abandon_after_error(batch.id)
-            for _, staged in items:
+            for staged in to_publish:
                 self._images.discard(staged)
             raise
+        finally:
+            for staged in shared.values():  # published by now, if there is a request that has it
+                self._images.discard(staged)
         answered = self._arrive(batch, [(record.number, item) for record, item in zip(added, rows, strict=True)])
         return [answered.get(record.number, record) for record in added]
 

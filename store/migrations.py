@@ -976,6 +976,21 @@ def m021_redo(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m022_progress(db: sqlite_utils.Database) -> None:
+    """What workers report of requests under way."""
+    db.execute(
+        """
+        CREATE TABLE progress (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            number INTEGER NOT NULL UNIQUE,
+            fraction REAL NOT NULL CHECK (fraction BETWEEN 0 AND 1),
+            previews INTEGER NOT NULL,
+            preview BLOB
+        )
+        """
+    )
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -998,6 +1013,7 @@ STEPS: tuple[Step, ...] = (
     m019_collections,
     m020_trainings,
     m021_redo,
+    m022_progress,
 )
 
 

@@ -25,6 +25,7 @@ from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
 from store.files import NewFile, StoredFile, digests_of_files, files_from_text, files_to_text
 from store.images import ImageStore, StagedImage
+from store.processes.progress import ProgressRecord, read_progress
 from store.rows import from_row, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
 from store.transition import transition
@@ -324,6 +325,8 @@ class RequestRecord(RequestFacts):
     is_cost_final: bool = False
     #: The latest request that has answered it again; None while there is none.
     replaced_by: Replacement | None = None
+    #: What its worker reported last; None if it is not claimed, or nothing was reported.
+    progress: ProgressRecord | None = None
 
     @property
     def status(self) -> str:
@@ -425,7 +428,7 @@ def _to_record(row: Any, **others: Any) -> RequestRecord:
 
 
 def read_requests(connection: sqlite3.Connection, rows: Sequence[Any]) -> list[RequestRecord]:
-    """Build request records, each with its share of its chunk's cost, and what has answered it again."""
+    """Build request records, each with its share of its chunk's cost, what has answered it again, and its progress."""
     chunks: dict[str, Any] = {}
     requests = []
     found = connection.execute(_REPLACEMENTS, (json.dumps([row["id"] for row in rows]),)).fetchall()
@@ -434,17 +437,18 @@ def read_requests(connection: sqlite3.Connection, rows: Sequence[Any]) -> list[R
         one["replaces"]: Replacement(id=one["id"], model=one["model"])
         for one in sorted(found, key=lambda one: int(one["number"]))
     }
+    progress = read_progress(connection, [row["number"] for row in rows if row["state"] == RequestState.CLAIMED])
     for row in rows:
         share, chunk_id = row["share"], row["chunk_id"]
-        replaced_by = replacements.get(row["id"])
+        others = {"replaced_by": replacements.get(row["id"]), "progress": progress.get(row["number"])}
         if share is not None and chunk_id not in chunks:
             chunks[chunk_id] = connection.execute(_COST_OF_CHUNK, (chunk_id,)).fetchone()
         cost, answers, is_final = chunks.get(chunk_id) or (None, 0, 0)
         if share is None or cost is None:
-            requests.append(_to_record(row, replaced_by=replaced_by))
+            requests.append(_to_record(row, **others))
         else:
             own_cost = equal_share(Decimal(cost), answers, share)
-            requests.append(_to_record(row, cost=own_cost, is_cost_final=bool(is_final), replaced_by=replaced_by))
+            requests.append(_to_record(row, cost=own_cost, is_cost_final=bool(is_final), **others))
     return requests
 
 

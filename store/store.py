@@ -30,6 +30,7 @@ from store.migrations import migrate
 from store.processes.batchers import Batchers
 from store.processes.controls import Controls
 from store.processes.lease_clock import LeaseClock
+from store.processes.progress import Progress
 from store.rentals.decisions import Decisions
 from store.rentals.ledger import Ledger
 from store.rentals.providers import Providers
@@ -67,6 +68,7 @@ class Store:
         self.idempotency = Idempotency(self.database)
         self.controls = Controls(self.database)
         self.changes = Changes(self.database)
+        self.progress = Progress(self.database)
         self.webhooks = Webhooks(self.database)
         self.collections = Collections(self.database, settings.collections)
         self.trainings = Trainings(self.database, settings.home / "trainings")

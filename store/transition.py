@@ -7,6 +7,7 @@ are committed together or not at all:
 - the totals (`totals`), counted by outcome, for each request that ended;
 - the progress of batches (`batches.ended`, `requests.ended_number`), for each request of a batch that ended;
 - the members of collections, for each request that was answered (`collections/members.py`);
+- no progress any more (`processes/progress.py`), for each request that is not claimed any more;
 - the webhook queue (`webhook_deliveries`), for each request that ended, and for each batch whose last request ended.
 
 Each of these is written for all changed requests together, because one call may change ten thousand.
@@ -23,6 +24,7 @@ from typing import Any
 from store.clients.webhooks import host_of
 from store.collections.members import complete_members, label_members
 from store.database import Transaction
+from store.processes.progress import forget_progress
 from store.rows import from_text, to_text
 from store.states import EXPIRED, RequestState
 
@@ -109,6 +111,8 @@ def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequ
         return
     at = to_text(now)
     transaction.execute_many(_ADD_CHANGE, [(row["number"], row["batch_id"], str(to), at) for row in changed])
+    if to is not RequestState.CLAIMED:
+        forget_progress(transaction, changed)
     if to is RequestState.DONE:
         complete_members(transaction, [row["number"] for row in changed])
         label_members(transaction, [row["number"] for row in changed])

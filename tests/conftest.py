@@ -133,6 +133,16 @@ def registered_extensions() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def extension_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with efficientnet_lite0 and those of `tests/extension`. Shared, so a test must not change it."""
+    from tests.extensions import install_extension_models
+
+    folder = install_extension_models(tmp_path_factory.mktemp("extension-models"))
+    (folder / "efficientnet_lite0").symlink_to(models_folder / "efficientnet_lite0")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def custom_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with efficientnet_lite0 and `my_pets`, a user's own classifier of three. Must not be changed."""
     from provider_image.compiler.custom import CustomModel, build

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from provider_image.services import load_service
 from server.auth.guard import current_key_id, quota_left
 from server.auth.limits import FairSlots
 from server.errors import BacklogFull, FetchingDisabled, TooManyUploads
-from server.intake.batch_parser import BatchItem, body_too_large, detect_format, parse_items, spool
+from server.intake.batch_parser import BatchItem, SharedInputs, body_too_large, detect_format, parse_items, spool
 from server.intake.quality_gate import QualityGate, take_limits
 from server.intake.request_options import RequestOptions, parse_flag, read_request_options
 from server.intake.staging import StagedItem, Stager, disk_reserved
@@ -257,8 +257,8 @@ class Intake:
         submission = self._check(model, fields, options)
         service = submission.service
         kind, boundary = detect_format(request, service.inputs[primary_input(service)])
-        if not are_inputs(service, [primary_input(service)]):
-            raise errors.MalformedRequest(f"A batch has one input for each request. {input_hint(service.inputs)}")
+        if kind != "form":
+            _check_shared(service, ())
         if kind == "urls" and not self._settings.fetches_urls:
             raise FetchingDisabled()
         room, is_full = self.room()
@@ -366,6 +366,7 @@ class Intake:
         """
         submission, service = received.submission, received.submission.service
         first = primary_input(service)
+        shared = SharedInputs(inputs={name: one for name, one in service.inputs.items() if name != first})
         room, is_full = self.room()
         with (
             _slot(
@@ -385,6 +386,7 @@ class Intake:
                     received.boundary,
                     first,
                     service.inputs[first],
+                    shared=shared,
                     folder=self._settings.home,
                     max_image_bytes=self._settings.max_image_bytes,
                     max_bytes=self._settings.max_batch_bytes,
@@ -395,12 +397,15 @@ class Intake:
                 is_full=is_full,
                 check=self._quality_gate.batch_check(submission.limits) if submission.limits else None,
             )
-        try:
-            check(outcomes)
-        except errors.MlgError:
-            self._stager.discard(outcomes)
-            raise
-        return self._add_items(submission, received.name, outcomes, collection)
+            staged_shared: Mapping[str, StagedImage] = {}
+            try:
+                _check_shared(service, shared.data)
+                staged_shared = self._stager.stage_shared(shared.data, submission.row, service)
+                check(outcomes)
+            except errors.MlgError:
+                self._stager.discard(outcomes, staged_shared)
+                raise
+        return self._add_items(submission, received.name, outcomes, collection, staged_shared)
 
     def _add_items(
         self,
@@ -408,6 +413,7 @@ class Intake:
         name: str | None,
         outcomes: Sequence[StagedItem],
         collection: CollectionRecord | None,
+        shared: Mapping[str, StagedImage] = {},
     ) -> tuple[BatchRecord, Sequence[StagedItem]]:
         # The clock is read only now, as above.
         batch = submission.new_batch(created_at=self._clock(), name=name)
@@ -424,7 +430,7 @@ class Intake:
             if one.staged is not None
         ]
         refused = [one.refused for one in outcomes if one.refused is not None]
-        added = iter(self._store.batches.add(batch, staged, refused))
+        added = iter(self._store.batches.add(batch, staged, refused, shared=shared))
         return batch, [one if one.staged is None else replace(one, request=next(added)) for one in outcomes]
 
     # Checks
@@ -484,6 +490,18 @@ class Intake:
         if url is None:
             raise errors.MalformedRequest('The JSON has no `url`. Send {"url": "https://example.org/kitten.jpg"}')
         return Upload(inputs=given, fields=fields, digest=digest), url
+
+
+def _check_shared(service: Service, given: Iterable[str]) -> None:
+    """Check which inputs all requests of a batch have beside their own. :raises MalformedRequest: one is missing."""
+    first = primary_input(service)
+    if not are_inputs(service, [first, *given]):
+        required = (name for name, one in service.inputs.items() if not one.is_optional)
+        missing = " and ".join(f"`{name}`" for name in required if name not in (first, *given))
+        raise errors.MalformedRequest(
+            f"The batch lacks {missing}, which all its items share. Send a form with {missing} once, and with many "
+            f"fields `{first}` or a zip in the field `archive`."
+        )
 
 
 def _json_inputs(inputs: Mapping[str, Input]) -> dict[str, Input]:

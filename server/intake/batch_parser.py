@@ -16,8 +16,8 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -79,6 +79,24 @@ class BatchItem:
     data: bytes | None = None
     url: str | None = None
     error: MlgError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedInputs:
+    """The inputs that all items of a batch have beside their own: each is sent once, as a field of the form."""
+
+    #: What the service takes beside its first input, by name.
+    inputs: Mapping[str, Input]
+    #: What was sent, not yet checked.
+    data: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, name: str, data: bytes, max_bytes: int) -> None:
+        """Keep an input. :raises MalformedRequest: it was sent before. :raises TooManyBytes:"""
+        if name in self.data:
+            raise MalformedRequest(f"The form has the field `{name}` twice. It is the same for all items of a batch.")
+        if len(data) > max_bytes:
+            raise too_many_bytes(max_bytes)
+        self.data[name] = data
 
 
 def spool(
@@ -145,6 +163,7 @@ def parse_items(
     input_name: str,
     one: Input,
     *,
+    shared: SharedInputs,
     folder: Path,
     max_image_bytes: int,
     max_bytes: int,
@@ -154,12 +173,13 @@ def parse_items(
     :param kind: as `detect_format` returns it.
     :param input_name: the field of a form or a line that has an item.
     :param one: the input with this name.
+    :param shared: gets the further inputs that a form has.
     :param max_bytes: limit for the unpacked size of a zip.
     :raises MalformedRequest: :raises TooManyItems: :raises TooManyBytes: :raises DuplicateClientId:
         The whole batch is invalid then.
     """
     if kind == "form":
-        found = _form_items(file, boundary, input_name, folder, max_image_bytes, max_bytes)
+        found = _form_items(file, boundary, input_name, shared, folder, max_image_bytes, max_bytes)
     elif kind == "zip":
         found = _zip_items(file, max_image_bytes, max_bytes)
     elif kind == "csv":
@@ -203,7 +223,13 @@ def body_too_large(max_bytes: int) -> TooManyBytes:
 
 
 def _form_items(
-    file: IO[bytes], boundary: str, input_name: str, folder: Path, max_image_bytes: int, max_bytes: int
+    file: IO[bytes],
+    boundary: str,
+    input_name: str,
+    shared: SharedInputs,
+    folder: Path,
+    max_image_bytes: int,
+    max_bytes: int,
 ) -> Iterator[BatchItem]:
     position = 0
     given: str | None = None
@@ -230,11 +256,11 @@ def _form_items(
                 error=too_many_bytes(max_image_bytes) if is_too_large else None,
             )
             position, given = position + 1, None
+        elif name in shared.inputs:
+            shared.add(name, data.read(max_image_bytes + 1), max_image_bytes)
         else:
-            raise MalformedRequest(
-                f"The form has a field {name[:40]!r}. Fields: {input_name}, client_id, archive; "
-                "parameters go into the URL."
-            )
+            fields = ", ".join((input_name, *shared.inputs, "client_id", "archive"))
+            raise MalformedRequest(f"The form has a field {name[:40]!r}. Fields: {fields}; parameters go into the URL.")
     if given is not None:
         raise MalformedRequest(
             "A field `client_id` must come before the field `image` that it names; the last one does not."

@@ -91,16 +91,40 @@ class Stager:
         first = primary_input(service)
         if sum(len(data) for data, _ in checked.values()) > self.free_bytes():
             raise disk_reserved(self._settings.min_free_bytes)
-        staged = self._images.stage(checked[first][0])
+        staged = self._images.stage(checked.pop(first)[0])
+        try:
+            return replace(staged, others=self._stage_others(checked))
+        except StoreError:
+            self._images.discard(staged)
+            raise
+
+    def stage_shared(self, inputs: Mapping[str, bytes], row: ModelFacts, service: Service) -> Mapping[str, StagedImage]:
+        """Check the inputs that all requests of a batch have, and write them durably.
+
+        :param inputs: by name; not the first one of the service.
+        :raises BadInput: names the input. :raises StoreError:
+        """
+        checked: dict[str, tuple[bytes, str]] = {}
+        for name, data in inputs.items():
+            try:
+                checked[name] = self._check(service.inputs[name], data, row)
+            except errors.BadInput as error:
+                raise type(error)(f"The field `{name}` cannot be used: {error.reason}") from error
+        if sum(len(data) for data, _ in checked.values()) > self.free_bytes():
+            raise disk_reserved(self._settings.min_free_bytes)
+        return self._stage_others(checked)
+
+    def _stage_others(self, checked: Mapping[str, tuple[bytes, str]]) -> Mapping[str, StagedImage]:
+        """Write inputs beside the first. :param checked: bytes and media type of each. :raises StoreError:"""
         others: dict[str, StagedImage] = {}
         try:
             for name, (data, media_type) in checked.items():
-                if name != first:
-                    others[name] = replace(self._images.stage(data), media_type=media_type)
+                others[name] = replace(self._images.stage(data), media_type=media_type)
         except StoreError:
-            self._images.discard(replace(staged, others=others))
+            for each in others.values():
+                self._images.discard(each)
             raise
-        return replace(staged, others=others) if others else staged
+        return others
 
     def _check(self, one: Input, data: bytes, model: ModelFacts) -> tuple[bytes, str]:
         """Check one input. :return: the bytes to store, and their media type. :raises BadInput:"""
@@ -191,8 +215,8 @@ class Stager:
             self._images.discard(staged)
             raise
 
-    def discard(self, outcomes: Sequence[StagedItem]) -> None:
+    def discard(self, outcomes: Sequence[StagedItem], shared: Mapping[str, StagedImage] = {}) -> None:
         """Delete what was staged."""
-        for outcome in outcomes:
-            if outcome.staged is not None:
-                self._images.discard(outcome.staged)
+        staged = [outcome.staged for outcome in outcomes if outcome.staged is not None]
+        for each in (*staged, *shared.values()):
+            self._images.discard(each)

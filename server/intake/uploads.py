@@ -370,6 +370,8 @@ def _from_form(parts: list[multipart.Part], inputs: Mapping[str, Input], max_ima
     for part in parts:
         if part.name not in inputs:
             others.append(part)
+        elif inputs[part.name].is_optional and not part.filename and not part.data:
+            pass  # what a browser sends for a field in which no file was chosen
         elif given.setdefault(part.name, part) is not part:
             count = sum(each.name == part.name for each in parts)
             what = inputs[part.name].kind

@@ -2,8 +2,8 @@
 
 Used by `sse.py`, which writes them as events, and by `long_poll.py`. One thread per server process polls the feed
 for all listeners; without a listener there is no thread. When a request changes several times between two polls, its
-listeners get the last state only. The thread also checks each listener's API key again, and ends those whose key is not
-valid any more.
+listeners get the last state only. Listeners that follow progress get the latest report of each request too. The thread
+also checks each listener's API key again, and ends those whose key is not valid any more.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from provider_image.errors import MlgError
 from server.auth.limits import FairSlots
 from server.errors import StreamsFull
 from store.changes import Changes, Position
+from store.processes.progress import Progress, ProgressRecord
 from store.requests import RequestRecord
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two polls.
 POLL_SECONDS = 0.025
+#: Seconds between two polls of what workers report.
+PROGRESS_POLL_SECONDS = 0.25
 #: Changes that one poll reads.
 MAX_CHANGES_PER_POLL = 1000
 
@@ -43,6 +46,7 @@ class Listener:
     """What one stream listens to, and the changes that it has not read yet.
 
     :param is_allowed: tells whether it may still listen; called again and again, must not raise.
+    :param follows_progress: gets what workers report, too.
     """
 
     def __init__(
@@ -52,8 +56,10 @@ class Listener:
         numbers: Collection[int] = (),
         batch_id: str | None = None,
         is_all: bool = False,
+        follows_progress: bool = False,
     ) -> None:
         self.is_allowed = is_allowed
+        self.follows_progress = follows_progress
         self.batch_id = batch_id
         self.is_all = is_all
         #: True once nothing may be read from it any more.
@@ -62,6 +68,8 @@ class Listener:
         self.keys: set[int | str] = {*numbers, *(() if batch_id is None else (batch_id,))}
         self._condition = threading.Condition()
         self._pending: collections.deque[Change] = collections.deque()
+        #: Number of a request -> its latest report.
+        self._progress: dict[int, ProgressRecord] = {}
         self._is_notified = False
         self._has_overflowed = False
 
@@ -75,6 +83,20 @@ class Listener:
                 self._pending.append(change)
             self._is_notified = True
             self._condition.notify()
+
+    def put_progress(self, progress: ProgressRecord) -> None:
+        """Replace the report of a request."""
+        with self._condition:
+            self._progress[progress.number] = progress
+            self._is_notified = True
+            self._condition.notify()
+
+    def take_progress(self) -> list[ProgressRecord]:
+        """Return the reports since the last call, the latest of each request."""
+        with self._condition:
+            found = list(self._progress.values())
+            self._progress.clear()
+            return found
 
     def wake(self) -> None:
         """End a wait without a change."""
@@ -108,6 +130,7 @@ class ChangeDispatcher:
     def __init__(
         self,
         changes: Changes,
+        progress: Progress,
         *,
         capacity: int,
         heartbeat_seconds: float = 15.0,
@@ -115,6 +138,7 @@ class ChangeDispatcher:
         check_seconds: float = 1.0,
     ) -> None:
         self._changes = changes
+        self._progress = progress
         #: Time after which an idle stream sends a comment; so a client that has disconnected is noticed.
         self.heartbeat_seconds = heartbeat_seconds
         #: Changes that are pending for a slow listener at most.
@@ -127,6 +151,7 @@ class ChangeDispatcher:
         #: Number of a request or id of a batch -> its listeners.
         self._by_key: dict[int | str, set[Listener]] = collections.defaultdict(set)
         self._cursor = 0
+        self._progress_cursor = 0
         self._is_running = False
         self.is_stopped = False
 
@@ -148,6 +173,7 @@ class ChangeDispatcher:
             if not self._is_running and not self.is_stopped:
                 # Read here and not by the thread, so that changes before it starts are included.
                 self._cursor = self._changes.latest()
+                self._progress_cursor = self._progress.latest()
                 threading.Thread(target=self._poll_loop, name="events", daemon=True).start()
                 self._is_running = True
             self._listeners.add(listener)
@@ -173,7 +199,7 @@ class ChangeDispatcher:
                 listener.end()
 
     def _poll_loop(self) -> None:
-        checked_at = time.monotonic()
+        checked_at = progress_at = time.monotonic()
         while True:
             with self._lock:
                 if not self._listeners or self.is_stopped:
@@ -185,6 +211,9 @@ class ChangeDispatcher:
                     checked_at = time.monotonic()
                     self._end_refused_listeners()
                 count = self._dispatch_changes()
+                if time.monotonic() - progress_at >= PROGRESS_POLL_SECONDS:
+                    progress_at = time.monotonic()
+                    self._dispatch_progress()
             except MlgError as error:
                 log.warning("cannot read the changes: %s", error)
             except Exception:
@@ -224,3 +253,17 @@ class ChangeDispatcher:
                     listener.put(found_change, max_pending=self.max_pending)
         self._cursor = changes[-1].seq
         return len(changes)
+
+    def _dispatch_progress(self) -> None:
+        """Pass on what workers reported since the last poll."""
+        with self._lock:
+            if not any(listener.follows_progress for listener in self._listeners):
+                return  # one that comes later gets the next report
+        reports = self._progress.list(self._progress_cursor)
+        for report in reports:
+            self._progress_cursor = report.seq
+            with self._lock:
+                found = self._by_key.get(report.number, set()) | self._by_key.get(report.batch_id or "", set())
+            for listener in found:
+                if listener.follows_progress:
+                    listener.put_progress(report)

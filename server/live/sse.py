@@ -23,6 +23,7 @@ from typing import Any
 from provider_image.errors import MlgError
 from server.auth.cursors import CursorCodec
 from server.live.changes import Change, ChangeDispatcher, Listener
+from server.serializers import serialize_progress
 from store.changes import Changes, Position
 from store.requests import RequestRecord
 from store.states import RequestState
@@ -116,7 +117,7 @@ def stream_requests(
                 for number, position in page.items():
                     if number in requests:
                         yield _event(Change(position, requests[number]), serialize, cursors, snapshot.floor)
-            yield from _progress(listener, states)
+            yield from _batch_counts(listener, states)
             last = yield from _stream_changes(change_dispatcher, listener, states, snapshot.latest, serialize, cursors)
             if last is None:
                 return
@@ -191,15 +192,20 @@ def _stream_changes(
                 states[change.request.number] = change.request.state
                 last, has_changes = change.position[0], True
                 yield _event(change, serialize, cursors)
+        for report in listener.take_progress():
+            if states.get(report.number) is RequestState.CLAIMED:
+                # Without an id: a client that reconnects gets the next one.
+                data = {"req_id": report.id, **serialize_progress(report)}
+                yield f"event: progress\ndata: {json.dumps(data)}\n\n".encode()
         if has_changes:
-            yield from _progress(listener, states)
+            yield from _batch_counts(listener, states)
         elif time.monotonic() - began >= change_dispatcher.heartbeat_seconds:
             yield b": alive\n\n"
     return None
 
 
-def _progress(listener: Listener, states: Mapping[int, RequestState]) -> Iterator[bytes]:
-    """Write the progress of a batch; it has no id, as a client that reconnects gets a new one anyway."""
+def _batch_counts(listener: Listener, states: Mapping[int, RequestState]) -> Iterator[bytes]:
+    """Write the counts of a batch; they have no id, as a client that reconnects gets a new one anyway."""
     if listener.batch_id is not None:
         data = {"batch_id": listener.batch_id, **_counts(states)}
         yield f"event: batch\ndata: {json.dumps(data)}\n\n".encode()

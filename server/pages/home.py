@@ -5,6 +5,9 @@ With JavaScript the page calls the API; without it, its form posts to `/ui/send`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flask
 from werkzeug.wrappers import Response
 
@@ -29,7 +32,7 @@ class HomeViews(Views):
         is_index = flask.request.endpoint == "index" and flask.request.method in ("GET", "HEAD")
         if not is_index or not wants_page():
             return None
-        models = [model for model in serialize_models(self._context.settings.models) if model["input"] == "image"]
+        models = [model for model in serialize_models(self._context.settings.models) if _is_for_home(model)]
         ready = sorted(
             (model for model in models if model["installed"] or model["builds_on_first_use"]),
             key=lambda model: not model["installed"],
@@ -54,3 +57,10 @@ class HomeViews(Views):
         intake = self._context.intake
         request, _ = intake.add_image(intake.read_image(flask.request, model=None))
         return flask.redirect(f"/ui/requests/{request.id}", 303)
+
+
+def _is_for_home(model: Mapping[str, Any]) -> bool:
+    """Tell whether a model takes one image and nothing else, and answers with something else: see `gallery.py`."""
+    others = list(model["inputs"].values())[1:]
+    needs_others = any(not one["is_optional"] for one in others)
+    return model["input"] == "image" and not needs_others and not model["answers_with_image"]

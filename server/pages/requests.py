@@ -134,6 +134,8 @@ class RequestPageViews(Views):
             output=json.dumps(shown["preds"], indent=2, ensure_ascii=False),
             is_unknown=shown.get("unknown", False),
             files=shown.get("files", {}),
+            image_url=shown.get("image_url"),
+            preview_url=shown.get("preview_url"),
             vector=self._first_values(request),
             waiting_for=shown.get("waiting_for", "Waiting."),
             eta_seconds=shown.get("eta_seconds"),

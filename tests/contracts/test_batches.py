@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -103,6 +104,25 @@ def test_a_batch_that_cannot_be_added_leaves_nothing(store: Store) -> None:
 
     assert (store.requests.list(), store.batches.list()) == ([], [])
     assert [path for path in store.images.folder.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("count", [3, 120])
+def test_what_the_requests_of_a_batch_share_is_stored_once_and_leaves_nothing_after_a_failure(
+    store: Store, count: int
+) -> None:
+    batch = BatchRecord(id=new_id(), service="classification", model=MODEL, created_at=NOW)
+    items = [(new_request(batch_id=batch.id), store.images.stage(b"%d" % number)) for number in range(count)]
+    broken = [(new_request(batch_id="other"), store.images.stage(b"other %d" % number)) for number in range(count)]
+    broken[-1][1].path.unlink()
+
+    added = store.batches.add(batch, items, [], shared={"style": store.images.stage(b"style")})
+    with pytest.raises(StoreUnavailable):
+        other = replace(batch, id="other")
+        store.batches.add(other, broken, [], shared={"style": store.images.stage(b"another style")})
+
+    assert {store.images.read(one.inputs["style"].sha256) for one in added} == {b"style"}
+    assert [one.number for one in store.requests.list(limit=1000)] == [one.number for one in reversed(added)]
+    assert sum(path.is_file() for path in store.images.folder.rglob("*")) == count + 1
 
 
 def test_progress_counts_requests_by_state(store: Store) -> None:

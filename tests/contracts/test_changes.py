@@ -183,7 +183,8 @@ def test_a_stream_that_is_cut_anywhere_sends_every_last_state_once(open_store: O
         store = open_store(Path(folder))
         ids = [add(store) for _ in range(10)]
         numbers = [store.requests.get(id).number for id in ids]
-        events, cursors = ChangeDispatcher(store.changes, capacity=1), Cursors(Path(folder)).codec("events", None)
+        events = ChangeDispatcher(store.changes, store.progress, capacity=1)
+        cursors = Cursors(Path(folder)).codec("events", None)
 
         def work() -> None:
             for size in (3, 2, 4, 10):

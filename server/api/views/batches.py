@@ -18,6 +18,7 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.images.thumbnails import SHEET_ITEMS
+from provider_image.service import IMAGE_ANSWER
 from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query
 from server.api.responses import json_response, set_headers
 from server.auth.guard import caller_check, current_key_id
@@ -187,7 +188,7 @@ class BatchViews(Views):
 
     @_operation(
         "GET /batches/<id>/contact-sheet.png",
-        "A contact sheet of the first hundred images of a batch with their labels",
+        "A contact sheet of the first hundred images of a batch, or of those that answer it, with their labels",
         Scope.READ,
         content_type="image/png",
     )
@@ -195,13 +196,7 @@ class BatchViews(Views):
         """Draw the first images of a batch, with their most likely labels."""
         self._get_batch(id)
         found = self._store.batches.items(id, limit=SHEET_ITEMS)
-        cells = [
-            (
-                request.image_sha256 if request.image_deleted_at is None and is_image(request) else None,
-                _sheet_lines(request, self._context.serialize(request)),
-            )
-            for request in found
-        ]
+        cells = [(_sheet_image(request), _sheet_lines(request, self._context.serialize(request))) for request in found]
         sheet = self._context.thumbnails.sheet(cells, client=current_key_id())
         return _download(iter((sheet,)), "image/png")
 
@@ -278,6 +273,13 @@ def _top_prediction(preds: Any) -> tuple[Any, Any, Any]:
     if isinstance(rows, list) and rows and isinstance(rows[0], list | tuple) and len(rows[0]) in (2, 3):
         return (None, *rows[0]) if len(rows[0]) == 2 else tuple(rows[0])
     return None, None, None
+
+
+def _sheet_image(request: RequestRecord) -> str | None:
+    """Return the hash of the image that answers a request, else of its own; None if neither is there."""
+    if IMAGE_ANSWER in request.files:
+        return request.files[IMAGE_ANSWER].sha256
+    return request.image_sha256 if request.image_deleted_at is None and is_image(request) else None
 
 
 def _sheet_lines(request: RequestRecord, shown: dict[str, Any]) -> list[str]:

@@ -60,7 +60,7 @@ class EventViews(Views):
         unknown = set(wanted) - visible
         if unknown:
             raise UnknownRequest(f"There is no request {min(unknown)[:64]}. It was never accepted here, or is deleted.")
-        return self._stream(Listener(numbers=numbers, is_allowed=caller_check()), ids=wanted)
+        return self._stream(Listener(numbers=numbers, is_allowed=caller_check(), follows_progress=True), ids=wanted)
 
     @_operation(
         "GET /batches/<id>/events",
@@ -69,7 +69,7 @@ class EventViews(Views):
     def batch_events(self, id: str) -> flask.Response:
         """Stream the changes of a batch."""
         self._get_batch(id)
-        return self._stream(Listener(batch_id=id, is_allowed=caller_check()), ids=[])
+        return self._stream(Listener(batch_id=id, is_allowed=caller_check(), follows_progress=True), ids=[])
 
     def _stream(self, listener: Listener, *, ids: list[str]) -> flask.Response:
         context, last_id = self._context, flask.request.headers.get("Last-Event-ID")

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import flask
 
 from provider_image import errors
 from provider_image.images.headers import media_type
-from server.api.query import CURSOR, LIMIT, PageQuery, parse_cursor, parse_limit, parse_state, read_query, state_field
+from provider_image.service import IMAGE_ANSWER
+from server.api.query import (
+    CURSOR,
+    LIMIT,
+    PageQuery,
+    parse_cursor,
+    parse_limit,
+    parse_number,
+    parse_state,
+    read_query,
+    state_field,
+)
 from server.api.responses import json_response
 from server.api.schemas import STATUSES
 from server.auth.guard import current_key_id, visible_key_id
@@ -27,6 +40,7 @@ from server.webhooks import check_webhook
 from store.batches import BatchRecord
 from store.clients.keys import Scope
 from store.errors import ImageGone, UnknownFile
+from store.files import StoredFile
 from store.requests import RequestRecord
 from store.rows import to_text
 from store.search import Query
@@ -45,6 +59,11 @@ _SIZE = Field(
     name="size",
     help="Returns a JPEG that fits into a square of so many pixels; without it the image is returned as it was sent.",
     schema={"type": "integer", "minimum": MIN_THUMBNAIL_PIXELS, "maximum": MAX_THUMBNAIL_PIXELS},
+)
+_NUMBER = Field(
+    name="number",
+    help="Any number; the latest preview is returned. It makes the address of each preview another one.",
+    schema={"type": "integer", "minimum": 0},
 )
 _MODEL = Field(name="model", help="The model whose answered requests are done again.", is_required=True)
 _WITH = Field(
@@ -111,17 +130,53 @@ class RequestViews(Views):
         """Return the image as it was sent, or a thumbnail; for a service without images its first input."""
         size = _size(read_query(flask.request, "size").get("size"))
         request = self._get_request(id)
-        etag = f"{request.image_sha256}-{size or 'whole'}"
         if size is None:
             data = self._context.read_image(request)
             kind = media_type(data) if is_image(request) else "application/octet-stream"
-            return _file_response(data, kind, etag=etag, name=clean_name(request.name) or "picture")
+            name = clean_name(request.name) or "picture"
+            return _file_response(data, kind, etag=f"{request.image_sha256}-whole", name=name)
         if request.image_deleted_at is not None:
             raise ImageGone()
-        is_known = etag in flask.request.if_none_match  # then it is not sent
-        client = current_key_id()
-        data = b"" if is_known else self._context.thumbnails.get(request.image_sha256, size, client=client)
-        return _file_response(data, "image/jpeg", etag=etag)
+        return self._thumbnail(request.image_sha256, size)
+
+    @_operation(
+        "GET /requests/<id>/image",
+        "The image that answers a request, or a thumbnail of it",
+        Scope.READ,
+        query=(_SIZE,),
+        content_type="image/*",
+        errors=(410,),
+    )
+    def show_image(self, id: str) -> flask.Response:
+        """Return the file `image` of the answer, or a thumbnail of it."""
+        size = _size(read_query(flask.request, "size").get("size"))
+        request = self._get_request(id)
+        if IMAGE_ANSWER not in request.files:
+            is_done = request.state is RequestState.DONE
+            reason = "its answer is not an image" if is_done else f"it is {request.status}"
+            raise UnknownFile(f"The request has no image that answers it: {reason}.")
+        if size is None:
+            return self._file(request, IMAGE_ANSWER)
+        return self._thumbnail(request.files[IMAGE_ANSWER].sha256, size)
+
+    @_operation(
+        "GET /requests/<id>/preview",
+        "What the image that will answer a request looks like now",
+        Scope.READ,
+        query=(_NUMBER,),
+        content_type="image/jpeg",
+    )
+    def show_preview(self, id: str) -> flask.Response:
+        """Return the latest preview of a request that a worker is working on."""
+        parse_number("number", read_query(flask.request, "number").get("number", "0"))
+        request = self._get_request(id)
+        preview = self._store.progress.preview(request.number)
+        if preview is None:
+            raise UnknownFile(
+                f"The request has no preview: it is {request.status}. Some services send one while they work on a "
+                "request on the server's own machine."
+            )
+        return _file_response(preview, "image/jpeg", etag=hashlib.sha256(preview).hexdigest())
 
     @_operation("GET /requests/<id>/files/<name>", "A file of an answer", Scope.READ, errors=(410,), content_type="*/*")
     def show_file(self, id: str, name: str) -> flask.Response:
@@ -130,10 +185,18 @@ class RequestViews(Views):
         request = self._get_request(id)
         if name not in request.files:
             raise UnknownFile(f"The answer has no file {name[:64]!r}. Its files: {', '.join(request.files) or 'none'}.")
+        return self._file(request, name)
+
+    def _thumbnail(self, sha256: str, size: int) -> flask.Response:
+        etag = f"{sha256}-{size}"
+        is_known = etag in flask.request.if_none_match  # then it is not sent
+        data = b"" if is_known else self._context.thumbnails.get(sha256, size, client=current_key_id())
+        return _file_response(data, "image/jpeg", etag=etag)
+
+    def _file(self, request: RequestRecord, name: str) -> flask.Response:
         file = request.files[name]
-        return _file_response(
-            self._context.read_stored(file.sha256, file.size_bytes), file.media_type, etag=file.sha256, name=name
-        )
+        data = self._context.read_stored(file.sha256, file.size_bytes)
+        return _file_response(data, file.media_type, etag=file.sha256, name=_name_for_saving(request, name, file))
 
     @_operation(
         "POST /requests/redo",
@@ -263,6 +326,14 @@ def _file_response(data: bytes, content_type: str, *, etag: str, name: str | Non
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Content-Security-Policy"] = "default-src 'none'; sandbox"
     return response
+
+
+def _name_for_saving(request: RequestRecord, name: str, file: StoredFile) -> str:
+    """Return the name of an answer's file: an image answer is named after the image that was sent."""
+    if name != IMAGE_ANSWER:
+        return name
+    stem = PurePath(clean_name(request.name) or "image").stem
+    return f"{stem}-{request.model}.{file.media_type.rpartition('/')[2]}"
 
 
 def _size(text: str | None) -> int | None:

@@ -1,10 +1,8 @@
 // The pages of one collection: searches with an image that is chosen, dropped or pasted, and adds images.
 
 import { refresh } from "./page.js";
-import { acceptFiles, resizeIfTooLarge } from "./upload.js";
+import { acceptFiles, divide, resizeIfTooLarge } from "./upload.js";
 
-const MAX_FILES = 20; // of one call that adds images
-const MAX_CALL_BYTES = 8 * 2 ** 20;
 const MAX_REASONS = 5;
 const WAIT_SECONDS = 20;
 
@@ -61,21 +59,6 @@ if (unanswered) {
 
 // Adding
 
-/** Divide files into those of one call each. */
-function divide(files) {
-  const calls = [];
-  let bytes = 0;
-  for (const file of files) {
-    if (!calls.length || calls.at(-1).length >= MAX_FILES || bytes + file.size > MAX_CALL_BYTES) {
-      calls.push([]);
-      bytes = 0;
-    }
-    calls.at(-1).push(file);
-    bytes += Math.min(file.size, maxBytes);
-  }
-  return calls;
-}
-
 for (const zone of document.querySelectorAll("form[data-add]")) {
   let isBusy = false;
   acceptFiles(zone, async (files) => {
@@ -85,7 +68,7 @@ for (const zone of document.querySelectorAll("form[data-add]")) {
     const url = zone.dataset.add + (label ? `?${new URLSearchParams({ label })}` : "");
     const refused = [];
     let sent = 0;
-    for (const part of divide(files)) {
+    for (const part of divide(files, maxBytes)) {
       say(zone, `${sent} of ${files.length} sent…`);
       const body = new FormData();
       for (const file of part) body.append("image", await resizeIfTooLarge(file, maxBytes), file.name || "image");

@@ -1,7 +1,8 @@
 // The home page: sends images that are chosen, dropped or pasted, and shows each result when it arrives.
 
-import { announce, pause } from "./page.js";
+import { announce } from "./page.js";
 import { acceptFiles, resizeIfTooLarge } from "./upload.js";
+import { RequestWatcher, waitingText } from "./watch.js";
 
 const MAX_UPLOADS = 4; // at once; browsers open six connections to a host
 
@@ -18,7 +19,6 @@ const minSharpness = document.getElementById("min-sharpness");
 const maxBytes = Number(form.dataset.maxBytes);
 
 const pending = []; // cards to upload
-const watched = new Map(); // request id -> card
 let uploading = 0;
 let added = 0;
 let finished = 0;
@@ -118,129 +118,18 @@ async function upload(card) {
   }
   card.id = answer.req_id;
   card.name.href = `/ui/requests/${card.id}`;
-  watched.set(card.id, card);
-  watch();
-  refresh(card, 0);
+  watcher.add(card);
 }
 
 // Results
 
-const MAX_STREAM_IDS = 60; // ids in the URL of an event stream, so that the URL does not get too long
-const REASON_SECONDS = 4; // while a request waits there are no events, but the reason and the estimate change
-let hasEvents = "EventSource" in window;
-let stream = null;
-let streamed = new Set(); // request ids of the stream
-let isPolling = false;
-let openTimer = null;
-
-/** Follow the unfinished requests with an event stream, or by polling where there is none. */
-function watch() {
-  if (!hasEvents) {
-    poll();
-    return;
-  }
-  if (!isPolling && watched.size) refreshReasons();
-  const hasNew = [...watched.keys()].some((id) => !streamed.has(id));
-  if (!hasNew || openTimer || (stream && streamed.size >= MAX_STREAM_IDS)) return;
-  openTimer = setTimeout(() => {
-    openTimer = null;
-    openStream();
-  }, 100); // requests sent together share a stream
-}
-
-// A browser opens six connections to a host, for all tabs together: hidden tabs use none.
-document.addEventListener("visibilitychange", () => {
-  if (document.hidden) {
-    stream?.close();
-    stream = null;
-    streamed = new Set();
-  } else watch();
+const watcher = new RequestWatcher({
+  onAnswer: showAnswer,
+  onUnreachable: (card) => showReason(card, "The server cannot be reached. This page keeps trying."),
 });
 
-function openStream() {
-  stream?.close();
-  stream = null;
-  if (document.hidden) {
-    streamed = new Set();
-    return;
-  }
-  streamed = new Set([...watched.keys()].slice(0, MAX_STREAM_IDS));
-  if (!streamed.size) return;
-  const opened = new EventSource(`/events?ids=${[...streamed].join(",")}`);
-  stream = opened;
-  const close = () => {
-    opened.close();
-    if (stream !== opened) return false;
-    stream = null;
-    streamed = new Set();
-    return true;
-  };
-  opened.addEventListener("request", (event) => {
-    const answer = JSON.parse(event.data);
-    const card = watched.get(answer.req_id);
-    if (card) showAnswer(card, { success: true, ...answer });
-  });
-  opened.addEventListener("end", () => {
-    if (close() && watched.size) watch();
-  });
-  opened.addEventListener("error", () => {
-    // The browser reconnects by itself, except after the server has refused the stream.
-    if (opened.readyState === EventSource.CLOSED && close()) {
-      hasEvents = false;
-      watch();
-    }
-  });
-}
-
-async function refreshReasons() {
-  isPolling = true;
-  let next = 0;
-  while (hasEvents && watched.size) {
-    await pause(REASON_SECONDS);
-    const cards = [...watched.values()];
-    for (let count = 0; count < Math.min(3, cards.length); count += 1) {
-      await refresh(cards[next % cards.length], 0);
-      next += 1;
-    }
-  }
-  isPolling = false;
-  watch();
-}
-
-/** Read the unfinished requests again and again, two at a time, in turn. */
-async function poll() {
-  if (isPolling) return;
-  isPolling = true;
-  try {
-    while (watched.size) {
-      const cards = [...watched.values()].slice(0, 2);
-      // The server holds a read until there is a result, but not so long that the shown reason gets old.
-      await Promise.all(cards.map((card) => refresh(card, watched.size > 2 ? 1 : 4)));
-      for (const card of cards) {
-        if (watched.delete(card.id)) {
-          if (!card.isFinal) watched.set(card.id, card); // now the last one
-        }
-      }
-    }
-  } finally {
-    isPolling = false;
-  }
-}
-
-async function refresh(card, wait) {
-  const { id } = card;
-  try {
-    const response = await fetch(`/readPrediction/${id}?wait=${wait}`);
-    const answer = await response.json();
-    if (card.id === id && !card.isFinal) showAnswer(card, answer);
-    if (!answer.success) await pause(2);
-  } catch {
-    showReason(card, "The server cannot be reached. This page keeps trying.");
-    await pause(2);
-  }
-}
-
 function showAnswer(card, answer) {
+  if (card.isFinal) return;
   if (!answer.success) {
     showReason(card, answer.reason);
     if (answer.code === "unknown_request") finish(card, "failed", "failed");
@@ -258,10 +147,7 @@ function showAnswer(card, answer) {
     card.meta.textContent = details.join(" · ");
     card.meta.hidden = false;
   } else if (isFinal) showReason(card, answer.reason ?? "Cancelled.");
-  else {
-    const eta = answer.eta_seconds === null || answer.eta_seconds === undefined ? "" : ` Ready in about ${duration(answer.eta_seconds)}.`;
-    showReason(card, `${answer.waiting_for ?? "Waiting."}${eta}`);
-  }
+  else showReason(card, waitingText(answer));
   if (isFinal) finish(card, answer.status, answer.status, answer);
   else {
     setState(card, answer.status, answer.status === "queued" ? "waiting" : "processing");
@@ -311,7 +197,7 @@ async function cancel(card) {
 function finish(card, state, label, answer) {
   if (card.isFinal) return;
   card.isFinal = true;
-  watched.delete(card.id);
+  watcher.remove(card);
   card.buttons.replaceChildren();
   setState(card, state, label);
   if (state === "done") showSimilar(card);
@@ -374,12 +260,4 @@ function percent(fraction) {
   if (value > 0 && value < 0.1) return "< 0.1 %";
   if (value > 99.9 && value < 100) return "> 99.9 %";
   return `${value.toFixed(1)} %`;
-}
-
-function duration(seconds) {
-  const whole = Math.round(seconds);
-  if (whole < 2) return "a moment";
-  if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.round(whole / 60)} min`;
-  return `${(whole / 3600).toFixed(1)} h`;
 }

@@ -57,6 +57,13 @@ document.addEventListener("click", async (event) => {
   button.textContent = "Copy";
 });
 
+document.addEventListener("input", (event) => {
+  const slider = event.target.closest(".compare input[type=range]");
+  if (!slider) return;
+  slider.parentElement.style.setProperty("--cut", `${slider.value}%`);
+  slider.setAttribute("aria-valuetext", `${slider.value} % photo`);
+});
+
 /** Update the elements with these ids from a newer copy of the page. */
 function update(html, ids) {
   const fresh = new DOMParser().parseFromString(html, "text/html");
@@ -115,7 +122,7 @@ function merge(old, next) {
 async function keepLive(id) {
   let endPause = null;
   let isConnected = false;
-  const { live: url, liveSeconds } = document.getElementById(id).dataset;
+  const { live: url, liveSeconds, showsProgress } = document.getElementById(id).dataset;
   const seconds = Number(liveSeconds) || 2;
   const wake = () => endPause?.();
   let stream = null;
@@ -129,7 +136,8 @@ async function keepLive(id) {
     stream = new EventSource(url);
     stream.onopen = () => { isConnected = true; };
     stream.onerror = () => { isConnected = false; };
-    for (const kind of ["request", "batch", "message"]) stream.addEventListener(kind, wake);
+    const kinds = ["request", "batch", "message", ...(showsProgress === undefined ? [] : ["progress"])];
+    for (const kind of kinds) stream.addEventListener(kind, wake);
     stream.addEventListener("end", () => { close(); wake(); });
   };
   // A browser opens six connections to a host, for all tabs together: hidden tabs use none.

@@ -1,5 +1,7 @@
 // Image files that a page takes: chosen, dropped or pasted, and resized where they are too large.
 
+const MAX_FILES = 20; // of one call
+const MAX_CALL_BYTES = 8 * 2 ** 20;
 const MAX_SIDE = 2048; // pixels of an image that had to be resized; models need far fewer
 
 const hasFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
@@ -66,4 +68,19 @@ export async function resizeIfTooLarge(file, maxBytes) {
     return file; // not an image that this browser can decode; the server's error explains why
   }
   return file;
+}
+
+/** Divide files into those of one call each, at most `maxBytes` of each file. */
+export function divide(files, maxBytes) {
+  const calls = [];
+  let bytes = 0;
+  for (const file of files) {
+    if (!calls.length || calls.at(-1).length >= MAX_FILES || bytes + file.size > MAX_CALL_BYTES) {
+      calls.push([]);
+      bytes = 0;
+    }
+    calls.at(-1).push(file);
+    bytes += Math.min(file.size, maxBytes);
+  }
+  return calls;
 }

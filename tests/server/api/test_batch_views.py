@@ -19,7 +19,7 @@ import pytest
 
 from provider_image.services import load_service
 from server.app import create_app
-from server.intake.batch_parser import parse_items
+from server.intake.batch_parser import SharedInputs, parse_items
 from server.settings import ServerSettings
 from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.store import Store
@@ -136,7 +136,15 @@ def test_what_follows_a_form_is_not_kept_in_memory(tmp_path: Path) -> None:
     try:
         items = list(
             parse_items(
-                file, "form", "b", "image", IMAGE, folder=tmp_path, max_image_bytes=1_000_000, max_bytes=100_000_000
+                file,
+                "form",
+                "b",
+                "image",
+                IMAGE,
+                shared=SharedInputs(inputs={}),
+                folder=tmp_path,
+                max_image_bytes=1_000_000,
+                max_bytes=100_000_000,
             )
         )
         _, peak_bytes = tracemalloc.get_traced_memory()

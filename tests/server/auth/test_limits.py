@@ -73,7 +73,7 @@ def test_reads_that_one_key_holds_leave_slots_to_others(settings: ServerSettings
     client = create_app(settings, store).test_client()
     id = client.post(URL, data=photo, content_type="image/jpeg").get_json()["req_id"]
     queued = store.requests.get(id)
-    dispatcher = ChangeDispatcher(store.changes, capacity=1)
+    dispatcher = ChangeDispatcher(store.changes, store.progress, capacity=1)
     poller = LongPoller(dispatcher, store.requests, capacity=4)
     ended: list[str] = []
 

@@ -462,7 +462,7 @@ def test_a_dispatcher_that_cannot_read_polls_again(store: Store, client: flask.t
         def __getattr__(self, name: str) -> Any:
             return getattr(store.changes, name)
 
-    events = ChangeDispatcher(Failing(), capacity=1)
+    events = ChangeDispatcher(Failing(), store.progress, capacity=1)
     number = store.requests.get(post(client)).number
     listener = Listener(numbers=[number], is_allowed=lambda: True)
 
@@ -477,7 +477,7 @@ def test_a_dispatcher_that_cannot_read_polls_again(store: Store, client: flask.t
 def test_a_listener_is_notified_after_no_thread_could_be_started(
     client: flask.testing.FlaskClient, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events = ChangeDispatcher(store.changes, capacity=1)
+    events = ChangeDispatcher(store.changes, store.progress, capacity=1)
     number = store.requests.get(post(client)).number
     listener = Listener(numbers=[number], is_allowed=lambda: True)
 

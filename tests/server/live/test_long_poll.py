@@ -318,7 +318,7 @@ def test_the_longest_hold_is_the_servers(settings: ServerSettings, store: Store)
 
 def test_a_read_without_a_free_slot_is_answered_at_once(client: flask.testing.FlaskClient, store: Store) -> None:
     queued = store.requests.get(post(client))
-    change_dispatcher = ChangeDispatcher(store.changes, capacity=1)
+    change_dispatcher = ChangeDispatcher(store.changes, store.progress, capacity=1)
     long_poller = LongPoller(change_dispatcher, store.requests, capacity=1)
     holder = threading.Thread(target=lambda: long_poller.wait_until_final(queued, 30, is_allowed=always))
     holder.start()
@@ -352,7 +352,7 @@ def test_nothing_polls_without_a_held_read(client: flask.testing.FlaskClient, an
 
 def test_stopping_answers_held_reads(client: flask.testing.FlaskClient, store: Store) -> None:
     queued = store.requests.get(post(client))
-    change_dispatcher = ChangeDispatcher(store.changes, capacity=1)
+    change_dispatcher = ChangeDispatcher(store.changes, store.progress, capacity=1)
     long_poller = LongPoller(change_dispatcher, store.requests, capacity=4)
     threading.Timer(0.2, change_dispatcher.stop).start()
     began = time.monotonic()
@@ -371,14 +371,14 @@ def test_a_request_that_is_deleted_during_a_held_read_is_unknown(
     gone = replace(queued, id="gone")
 
     with pytest.raises(UnknownRequest):
-        LongPoller(ChangeDispatcher(store.changes, capacity=1), store.requests, capacity=1).wait_until_final(
-            gone, 30, is_allowed=always
-        )
+        LongPoller(
+            ChangeDispatcher(store.changes, store.progress, capacity=1), store.requests, capacity=1
+        ).wait_until_final(gone, 30, is_allowed=always)
 
 
 def test_a_held_read_ends_with_its_key(client: flask.testing.FlaskClient, store: Store) -> None:
     queued = store.requests.get(post(client))
-    change_dispatcher = ChangeDispatcher(store.changes, capacity=1, check_seconds=0.0)
+    change_dispatcher = ChangeDispatcher(store.changes, store.progress, capacity=1, check_seconds=0.0)
     long_poller = LongPoller(change_dispatcher, store.requests, capacity=1, check_seconds=3600)
     answers = iter([True, True, True, True, False])
 
@@ -418,7 +418,7 @@ def test_a_deletion_during_a_held_read_is_noticed_without_a_change(
     client: flask.testing.FlaskClient, store: Store
 ) -> None:
     queued = store.requests.get(post(client))
-    change_dispatcher = ChangeDispatcher(store.changes, capacity=1)
+    change_dispatcher = ChangeDispatcher(store.changes, store.progress, capacity=1)
     long_poller = LongPoller(change_dispatcher, store.requests, capacity=1, check_seconds=0.1)
     found: list[type[BaseException]] = []
 
