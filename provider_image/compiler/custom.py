@@ -43,10 +43,18 @@ BUILDERS = {
     "onnx": "provider_image.compiler.onnx_models.builder:build",
     "huggingface": "provider_image.compiler.transformers.builder:build_custom",
 }
+#: The service of nets that return an image, and kind of file -> "module:function" of their builder.
+IMAGE_SERVICE = "image_to_image"
+IMAGE_BUILDERS = {
+    "keras": "provider_image.compiler.image_nets.builder:build_keras",
+    "onnx": "provider_image.compiler.image_nets.builder:build_onnx",
+}
 #: Values of --preprocessing.
 PREPROCESSINGS = ("none", "unit", "tf", "torch", "caffe")
 #: Values of --returns.
 RETURNS = ("probabilities", "logits")
+#: Values of --returns for a net that returns an image: its range, named as the preprocessing with that.
+RETURNED_RANGES = ("none", "unit", "tf")
 #: Values of --channels.
 CHANNELS = ("rgb", "bgr")
 #: Most pixels of a side.
@@ -98,10 +106,12 @@ class CustomModel:
     title: str | None = None
     #: Height and width in pixels, for a model whose input has no fixed size.
     size: tuple[int, int] | None = None
-    #: What it returns, one of RETURNS; None finds out.
+    #: What it returns, one of RETURNS, or of RETURNED_RANGES for an image; None finds out.
     returns: str | None = None
     #: One of CHANNELS, for an ONNX file; None takes what the file states, or rgb.
     channels: str | None = None
+    #: The service that runs it: classification or image_to_image.
+    service: str = "classification"
 
 
 def build(
@@ -130,7 +140,7 @@ def build(
             keras = stack.enter_context(keras_session())
             on_step("reading weights")
             network = load_checked(keras, checked)
-        size = find_size(_input_sides(network), custom)
+        size = find_size(input_sides(network), custom)
         _check_output(network, labels)
         draft = begin_custom(
             custom,
@@ -144,16 +154,16 @@ def build(
         head = _find_head(keras, network, draft, custom.returns)
 
         def reference(arrays: Arrays) -> Arrays:
-            return _predictions(keras, network, draft, arrays, head)
+            return predictions(keras, network, draft, arrays, head)
 
         on_step("converting")
-        graph = to_graph(_single_output(keras, network), draft, head)
+        graph = to_graph(single_output(keras, network), draft, head)
         return verify_and_install(
             graph, folder, models, draft, reference=reference, f16_within=f16_within, on_step=on_step
         )
 
 
-def _single_output(keras: Any, network: Any) -> Callable[..., Any]:
+def single_output(keras: Any, network: Any) -> Callable[..., Any]:
     """Take the single output of a network out of any structure around it."""
     return lambda pixels, *, training: keras.tree.flatten(network(pixels, training=training))[0]
 
@@ -168,6 +178,7 @@ def begin_custom(custom: CustomModel, *, size: tuple[int, int], labels: Labels, 
     return Artefact(
         name=custom.name,
         title=custom.title or custom.name,
+        service=custom.service,
         height=height,
         width=width,
         source="own",
@@ -205,15 +216,15 @@ def check_description(models: Path, custom: CustomModel) -> None:
     check_custom_name(models, custom.name, custom.title)
     for what, choice, choices in (
         ("preprocessing", custom.preprocessing, PREPROCESSINGS),
-        ("output", custom.returns, RETURNS),
+        ("output", custom.returns, RETURNED_RANGES if custom.service == IMAGE_SERVICE else RETURNS),
         ("order of channels", custom.channels, CHANNELS),
     ):
         if choice not in (None, *choices):
             raise ConfigError(f"There is no {what} {str(choice)[:40]!r}. There are: {', '.join(choices)}.")
 
 
-def _input_sides(network: Any) -> tuple[int | None, int | None]:
-    """Return height and width of the network's one input, None for a side that is open. :raises UnsuitableModel:"""
+def input_sides(network: Any) -> tuple[int | None, int | None]:
+    """Return height and width of a network's one input, None for a side that is open. :raises UnsuitableModel:"""
     inputs = getattr(network, "inputs", None)
     if not inputs:
         raise UnsuitableModel(
@@ -283,10 +294,10 @@ def _find_head(keras: Any, network: Any, row: ModelFacts, returns: str | None) -
     """
     arrays = [decode(data, row.height, row.width, row.crop) for data in self_test_images().values()]
     try:
-        outputs = _predictions(keras, network, row, arrays, "none")
+        outputs = predictions(keras, network, row, arrays, "none")
     except Exception as error:  # a custom network can make tensorflow raise anything
         raise failed_on_images(row, error) from error
-    return choose_head(outputs, _last_activation(network), returns)
+    return choose_head(outputs, last_activation(network), returns)
 
 
 def failed_on_images(row: ModelFacts, error: Exception) -> UnsuitableModel:
@@ -343,7 +354,7 @@ def choose_head(outputs: Arrays, last_activation: str | None, returns: str | Non
     )
 
 
-def _last_activation(network: Any) -> str | None:
+def last_activation(network: Any) -> str | None:
     """Return the name of the last activation, linear if there is none; None if the last layer is of another kind."""
     tensor = network.outputs[0]
     while True:
@@ -361,13 +372,13 @@ def _last_activation(network: Any) -> str | None:
             return activation
 
 
-def _predictions(keras: Any, network: Any, row: ModelFacts, arrays: Arrays, head: str) -> Arrays:
+def predictions(keras: Any, network: Any, row: ModelFacts, arrays: Arrays, head: str) -> Arrays:
     """Run images with Keras, one at a time as in a chunk.
 
     :param arrays: uint8 RGB, shape (height, width, 3).
     """
     import numpy as np
 
-    single_output = _single_output(keras, network)
+    output = single_output(keras, network)
     inputs = [np.asarray(preprocess(array.astype(np.float32), row.preprocessing), np.float32)[None] for array in arrays]
-    return [np.asarray(apply_head(single_output(each, training=False), head))[0] for each in inputs]
+    return [np.asarray(apply_head(output(each, training=False), head))[0] for each in inputs]

@@ -22,9 +22,9 @@ from provider_image.errors import CompilationFailed, CompilerMissing
 if TYPE_CHECKING:
     from provider_image.models.catalogue import ModelFacts
 
-#: What is added after the network: nothing, a softmax over its logits, or the complement of a single probability, which
-#: gives two that sum to one.
-HEADS = ("none", "softmax", "complement")
+#: What is added after the network: nothing, a softmax over its logits, the complement of a single probability, which
+#: gives two that sum to one, or what turns 0 to 1 or -1 to 1 into levels.
+HEADS = ("none", "softmax", "complement", "unit", "tf")
 #: Means of blue, green and red in ImageNet, which Caffe's models subtract.
 _CAFFE_MEANS = (103.939, 116.779, 123.68)
 #: Means and deviations of red, green and blue in ImageNet, scaled to 0-1, as in PyTorch's models.
@@ -84,7 +84,7 @@ def _silenced_stderr() -> Iterator[None]:
 def to_graph(network: Any, row: ModelFacts, head: str = "none") -> Any:
     """Convert a Keras network to an OpenVINO graph: uint8 RGB (1, height, width, 3) in, probabilities (1, n) out.
 
-    :param network: a keras.Model that takes float32 (n, height, width, 3) and returns (n, classes).
+    :param network: a keras.Model that takes float32 (n, height, width, 3) and returns (n, classes), or pixels.
     :param row: gives its size and preprocessing.
     :param head: one of HEADS.
     :raises CompilationFailed: OpenVINO cannot convert it.
@@ -95,7 +95,7 @@ def to_graph(network: Any, row: ModelFacts, head: str = "none") -> Any:
         output = network(preprocess(tensorflow.cast(image, tensorflow.float32), row.preprocessing), training=False)
         return apply_head(output, head)
 
-    image = tensorflow.TensorSpec((1, row.height, row.width, 3), tensorflow.uint8, name="picture")
+    image = tensorflow.TensorSpec((1, *row.net_size, 3), tensorflow.uint8, name="picture")
     try:
         function = tensorflow.function(predict, input_signature=[image], autograph=False).get_concrete_function()
         convert = _import_converter()
@@ -125,14 +125,24 @@ def preprocess(pixels: Any, preprocessing: str) -> Any:
     raise ValueError(f"There is no preprocessing {preprocessing!r}.")
 
 
+def to_levels(values: Any, head: str) -> Any:
+    """Convert what a network returns for pixels to values from 0 to 255, by a head of HEADS. Undoes `preprocess`."""
+    match head:
+        case "unit":
+            return values / (1 / 255)
+        case "tf":
+            return (values - -1.0) / (1 / 127.5)
+    return values
+
+
 def apply_head(output: Any, head: str) -> Any:
-    """Apply a head of HEADS to a network's output, a tensor of shape (n, classes)."""
+    """Apply a head of HEADS to a network's output, a tensor of shape (n, classes), or (n, height, width, 3)."""
     tensorflow = importlib.import_module("tensorflow")
     if head == "softmax":
         return tensorflow.nn.softmax(output)
     if head == "complement":
         return tensorflow.concat([1.0 - output, output], axis=-1)
-    return output
+    return to_levels(output, head)
 
 
 @contextlib.contextmanager

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 #: Public-domain photos in scikit-image's wheel: a cat, a cup, a rocket, a person, a garage, and one in grey.
 _PHOTOS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png", "motorcycle_left.png", "camera.png")
 #: Longest side in pixels; larger photos are scaled down to keep artefacts small.
-_MAX_SIDE = 400
+MAX_SIDE = 400
 #: Width and height of the drawn images.
 _DRAWN_SIZES = ((320, 240), (240, 320), (400, 225), (224, 224))
 
 
 @functools.cache
-def self_test_images() -> dict[str, bytes]:
-    """Return file name -> JPEG of the self-test images."""
+def self_test_images(max_side: int = MAX_SIDE) -> dict[str, bytes]:
+    """Return file name -> JPEG of the self-test images. :param max_side: their longest side, at most MAX_SIDE."""
     found = _photos() or [_draw(number, *size) for number, size in enumerate(_DRAWN_SIZES)]
-    return {f"selftest-{number}.jpg": _jpeg(image) for number, image in enumerate(found)}
+    return {f"selftest-{number}.jpg": _jpeg(image, max_side) for number, image in enumerate(found)}
 
 
 def _photos() -> list[PIL.Image.Image]:
@@ -59,8 +59,8 @@ def _draw(number: int, width: int, height: int) -> PIL.Image.Image:
     return image
 
 
-def _jpeg(image: PIL.Image.Image) -> bytes:
-    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+def _jpeg(image: PIL.Image.Image, max_side: int) -> bytes:
+    image.thumbnail((max_side, max_side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue()

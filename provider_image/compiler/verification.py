@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from provider_image.backends import Device, load_net
 from provider_image.backends.openvino import GRAPH_FILES, OpenvinoNet, compile_graph, import_openvino
 from provider_image.compiler.installing import install, with_files
-from provider_image.compiler.self_test import self_test_images
+from provider_image.compiler.self_test import MAX_SIDE, self_test_images
 from provider_image.errors import CompilationFailed, InferenceFailed
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import Artefact, Sample, Storage
 from provider_image.precision import TOLERANCE
-from provider_image.service import Difference, Output, Service, check_params
+from provider_image.service import Difference, Output, Service, check_params, primary_input
 from provider_image.services import load_service
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def verify_and_install(
 ) -> Artefact:
     """Verify, store and install a graph.
 
-    :param graph: OpenVINO's Model: uint8 RGB (1, height, width, 3) in, what the service takes of a net (1, n) out, for
-        example probabilities.
+    :param graph: OpenVINO's Model: uint8 RGB (1, height, width, 3) in, what the service takes of a net (1, ...) out,
+        for example probabilities.
     :param folder: the folder from `installing.build_folder`.
     :param draft: what is known of the artefact without the graph. If its weights are f16 already, they remain so.
     :param images: the images of the self-test, by file name; None takes those of `self_test.py`.
@@ -65,7 +65,7 @@ def verify_and_install(
     _rename(graph, draft.name)
     openvino.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
     files = self_test_images() if images is None else images
-    arrays = _decoded(files, draft)
+    arrays = decode_for(draft, files)
     actual = _run(draft, folder, arrays)
     expected = _Expected.from_results(draft, actual if reference is None else reference(arrays))
     expected.require(actual, tolerance)
@@ -73,10 +73,8 @@ def verify_and_install(
     precision, storage = draft.precision, None
     if precision != "f16":
         precision, storage = _choose_storage(openvino, graph, folder, arrays, expected, f16_within)
-    artefact = replace(
-        draft, precision=precision, storage=storage, samples=write_samples(folder, files, expected.outputs)
-    )
-    return install(artefact, folder, models, GRAPH_FILES)
+    artefact = replace(draft, precision=precision, storage=storage, folder=folder)
+    return _install(artefact, folder, models, GRAPH_FILES, expected, files)
 
 
 def install_as_it_is(
@@ -87,24 +85,57 @@ def install_as_it_is(
     backend: str,
     files: Sequence[str],
     reference: Callable[[Arrays], Arrays],
+    tolerance: float = TOLERANCE,
 ) -> Artefact:
     """Verify and install what another backend than OpenVINO loads, whose files are stored as they are.
 
     :param folder: has the backend's files; in the folder from `installing.build_folder`.
     :param files: their names.
-    :param reference: see `verify_and_install`.
+    :param reference, tolerance: see `verify_and_install`.
     :raises CompilationFailed: the results differ from the reference's.
     """
     images = self_test_images()
-    arrays = _decoded(images, draft)
+    arrays = decode_for(draft, images)
     unverified = with_files(replace(draft, backend=backend, folder=folder), files)
     expected = _Expected.from_results(draft, reference(arrays))
-    expected.require(load_net(unverified, Device(threads=1)).infer(arrays))
-    return install(replace(unverified, samples=write_samples(folder, images, expected.outputs)), folder, models, files)
+    expected.require(load_net(unverified, Device(threads=1)).infer(arrays), tolerance)
+    return _install(unverified, folder, models, files, expected, images)
 
 
-def _decoded(images: Mapping[str, bytes], draft: Artefact) -> Arrays:
-    return [decode(data, draft.height, draft.width, draft.crop) for data in images.values()]
+def _install(
+    artefact: Artefact,
+    folder: Path,
+    models: Path,
+    files: Sequence[str],
+    expected: _Expected,
+    images: Mapping[str, bytes],
+) -> Artefact:
+    """Record what was expected as the self-test, and install a model.
+
+    Of one with parts, what it answers itself for whole images is recorded. One that enlarges gets smaller images, so
+    that what is recorded stays small.
+    """
+    outputs = expected.outputs
+    if not outputs:
+        images = self_test_images(MAX_SIDE // artefact.scale)
+        outputs = answer_images(with_files(artefact, files), images)
+    return install(replace(artefact, samples=write_samples(folder, images, outputs)), folder, models, files)
+
+
+def decode_for(draft: Artefact, images: Mapping[str, bytes]) -> Arrays:
+    """Decode images to what the net takes."""
+    return [decode(data, *draft.net_size, draft.crop) for data in images.values()]
+
+
+def answer_images(artefact: Artefact, images: Mapping[str, bytes]) -> list[Output]:
+    """Return what the service answers for images with a model whose files and digest are there."""
+    service = load_service(artefact.service)
+    net, params = service.load(artefact, Device(threads=1)), check_params(service.params, {})
+    outputs: list[Output] = []
+    for data in images.values():
+        item = service.prepare(artefact, {primary_input(service): data}, params)
+        outputs += service.run(net, [item], [params])
+    return outputs
 
 
 def _sha256(data: bytes) -> str:
@@ -160,12 +191,14 @@ class _Expected:
     draft: Artefact
     #: As the reference computed them.
     results: Arrays
-    #: As the service returns them.
+    #: As the service returns them; empty if these are results for parts of images, which are no outputs.
     outputs: Sequence[Output]
 
     @classmethod
     def from_results(cls, draft: Artefact, results: Arrays) -> _Expected:
         """Make the outputs of results. :raises CompilationFailed: the service cannot use them."""
+        if draft.tile != (0, 0):
+            return cls(draft=draft, results=results, outputs=())
         try:
             return cls(draft=draft, results=results, outputs=_outputs(draft, results))
         except InferenceFailed as error:
@@ -180,6 +213,8 @@ class _Expected:
         largest = max(float(np.abs(a - b).max()) for a, b in zip(self.results, actual, strict=True)) / scale
         if not math.isfinite(largest):
             return Difference(largest=1.0, is_same_order=False)
+        if not self.outputs:
+            return Difference(largest=largest, is_same_order=True)
         service = load_service(self.draft.service)
         try:
             pairs = zip(self.outputs, _outputs(self.draft, actual), strict=True)

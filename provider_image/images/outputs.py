@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import BadInput, InferenceFailed, MalformedResults
 from provider_image.images.decoding import decode_and_measure
-from provider_image.images.headers import MAX_SIDE, read_header
+from provider_image.images.headers import MAX_SIDE, media_type, read_header
 from provider_image.service import Difference, OutputFile, Param
 
 if TYPE_CHECKING:
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 #: Most pixels and bytes of an answer.
 MAX_OUTPUT_PIXELS = 16_000_000
 MAX_OUTPUT_BYTES = 16 * 1024 * 1024
-#: The choices of `format` -> Pillow's names.
-_FORMATS = {"png": "PNG", "jpeg": "JPEG"}
-_JPEG_QUALITY = 92
+#: The choices of `format` -> the formats as Pillow names them.
+FORMATS = {"png": "PNG", "jpeg": "JPEG"}
+#: Qualities of a JPEG; a lower one is tried where the file would have too many bytes.
+_JPEG_QUALITIES = (92, 80, 60, 30)
 #: JPEG files are compared by the means of squares of this side, within which they are rounded together.
 _JPEG_SQUARE = 16
 
@@ -33,30 +34,37 @@ FORMAT = Param(
     name="format",
     kind="choice",
     default="png",
-    choices=tuple(_FORMATS),
-    help="Format of the returned image: png keeps every pixel, jpeg has a fifth of the bytes or less.",
+    choices=tuple(FORMATS),
+    help="Format of the returned image: png keeps every pixel, unless the file would have over 16 MB; then it is jpeg.",
 )
 
 
 def encode_image(pixels: Array, format: str, *, max_bytes: int = MAX_OUTPUT_BYTES) -> bytes:
-    """Encode an answer. :param pixels: uint8 RGB (height, width, 3). :param format: a choice of FORMAT.
+    """Encode an answer.
 
-    :raises InferenceFailed: the file would have too many bytes.
+    :param pixels: uint8 RGB (height, width, 3).
+    :param format: a choice of FORMAT.
+    :return: the file, a JPEG if it would have too many bytes as a PNG.
+    :raises InferenceFailed: it has too many bytes as a JPEG of the lowest quality as well.
     """
     import PIL.Image
     import PIL.JpegImagePlugin
     import PIL.PngImagePlugin
 
-    buffer = io.BytesIO()
-    options = {"quality": _JPEG_QUALITY} if format == "jpeg" else {"compress_level": 4}
-    PIL.Image.fromarray(pixels).save(buffer, _FORMATS[format], **options)
-    if buffer.tell() > max_bytes:
-        cure = "a smaller image" if format == "jpeg" else "a smaller image, or ask for format=jpeg"
-        raise InferenceFailed(
-            f"The returned image has {buffer.tell() / 1e6:.1f} MB; at most {max_bytes / 1e6:.1f} MB are "
-            f"allowed. Send {cure}."
-        )
-    return buffer.getvalue()
+    image = PIL.Image.fromarray(pixels)
+    tries: list[tuple[str, dict[str, int]]] = [("png", {"compress_level": 4})] if format == "png" else []
+    tries += [("jpeg", {"quality": quality}) for quality in _JPEG_QUALITIES]
+    for chosen, options in tries:
+        buffer = io.BytesIO()
+        image.save(buffer, FORMATS[chosen], **options)
+        if buffer.tell() <= max_bytes:
+            return buffer.getvalue()
+    raise InferenceFailed(f"The returned image would have more than {max_bytes} bytes. Send a smaller one.")
+
+
+def image_format(data: bytes) -> str:
+    """Return the choice of FORMAT that an encoded answer has."""
+    return media_type(data).removeprefix("image/")
 
 
 def check_image(data: bytes, *, width: int, height: int, format: str) -> None:
@@ -65,9 +73,9 @@ def check_image(data: bytes, *, width: int, height: int, format: str) -> None:
         header = read_header(data, MAX_OUTPUT_PIXELS)
     except BadInput as error:
         raise MalformedResults(f"The image cannot be used: {error.reason}") from error
-    if (header.format, header.width, header.height) != (_FORMATS[format], width, height):
+    if (header.format, header.width, header.height) != (FORMATS[format], width, height):
         raise MalformedResults(
-            f"The image is {header.format} of {header.width} x {header.height} pixels, not {_FORMATS[format]} of "
+            f"The image is {header.format} of {header.width} x {header.height} pixels, not {FORMATS[format]} of "
             f"{width} x {height}."
         )
 

@@ -53,6 +53,8 @@ _NOISE_MASK, _NOISE_LENGTH, _DEVIATION_OF_MEDIAN = ((1, -2, 1), (-2, 4, -2), (1,
 _LINE_SHARE, _MAX_TILT, _TILT_WIDTH, _TILT_SHARE = 1 / 16, 30.0, 1.5, 0.3
 #: Steps of a degree in which a tilt is searched; and the scale at which lines are, for speed.
 _TILT_STEPS, _TILT_SCALE = 4, 0.5
+#: Images with a shorter side have no lines to speak of.
+_LEAST_SIDE = 16
 
 
 def measure_image(data: bytes) -> dict[str, Any]:
@@ -89,7 +91,6 @@ def measure_pixels(pixels: Array) -> Array:
     cv2 = import_opencv()
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     laplacian = cv2.Laplacian(grey, cv2.CV_16S, borderType=cv2.BORDER_REFLECT_101)
-    noise = cv2.filter2D(grey, cv2.CV_16S, np.array(_NOISE_MASK, np.float32), borderType=cv2.BORDER_REFLECT_101)
     usual = np.array([_median(cv2, pixels, channel) for channel in range(3)], np.float64)
     is_usual = cv2.inRange(pixels, usual - _SAME_COLOUR, usual + _SAME_COLOUR)
     mean, deviation = (each.item() for each in cv2.meanStdDev(grey))
@@ -100,12 +101,21 @@ def measure_pixels(pixels: Array) -> Array:
             deviation / 127.5,
             cv2.countNonZero(cv2.inRange(grey, 0, _DARK)) / grey.size,
             cv2.countNonZero(cv2.inRange(grey, _BRIGHT, 255)) / grey.size,
-            _median(cv2, cv2.convertScaleAbs(noise), 0) / _NOISE_LENGTH * _DEVIATION_OF_MEDIAN,
+            estimate_noise(grey),
             _tilt(cv2, grey),
             cv2.countNonZero(is_usual) / grey.size,
         ],
         np.float64,
     )
+
+
+def estimate_noise(grey: Array) -> float:
+    """Return the standard deviation of the noise of grey values, uint8 (height, width)."""
+    import numpy as np
+
+    cv2 = import_opencv()
+    rest = cv2.filter2D(grey, cv2.CV_16S, np.array(_NOISE_MASK, np.float32), borderType=cv2.BORDER_REFLECT_101)
+    return _median(cv2, cv2.convertScaleAbs(rest), 0) / _NOISE_LENGTH * _DEVIATION_OF_MEDIAN
 
 
 def _median(cv2: Any, pixels: Array, channel: int) -> int:
@@ -119,6 +129,8 @@ def _tilt(cv2: Any, grey: Array) -> float:
     import numpy as np
 
     longer = max(grey.shape)
+    if min(grey.shape) < _LEAST_SIDE:
+        return math.nan
     lines = cv2.createLineSegmentDetector(cv2.LSD_REFINE_NONE, _TILT_SCALE).detect(grey)[0]
     if lines is None:
         return math.nan

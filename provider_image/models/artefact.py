@@ -115,6 +115,11 @@ class Artefact(ModelFacts):
     labels: tuple[tuple[str, str], ...] = ()
     #: Version of the service's preparation of inputs, which is not part of the graph.
     preprocessing_version: int = 1
+    #: Height and width in pixels of the parts into which images are cut for it; 0 if it takes all of an image. Then the
+    #: pixels at a cut that are not used, and how many times as large as its input its answer is: `images/tiling.py`.
+    tile: tuple[int, int] = (0, 0)
+    margin: int = 0
+    scale: int = 1
     #: Probability below which the answer of a classifier is unknown; 0 if every answer counts.
     unknown_below: float = 0.0
     #: Where it comes from if it was trained here; None for other models.
@@ -136,6 +141,11 @@ class Artefact(ModelFacts):
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     #: Its folder.
     folder: Path = Path()
+
+    @property
+    def net_size(self) -> tuple[int, int]:
+        """Return height and width in pixels of what the net takes at a time; 0 if that is open."""
+        return super().net_size if self.tile == (0, 0) else self.tile
 
     @property
     def size_bytes(self) -> int:
@@ -175,6 +185,8 @@ def compute_digest(artefact: Artefact) -> str:
         facts["provenance"] = vars(artefact.provenance)
     if artefact.unknown_below:
         names.append("unknown_below")
+    if artefact.tile != (0, 0):
+        names += ["tile", "margin", "scale"]
     if artefact.dimensions:  # models that return no vector keep their digest
         names.append("dimensions")
     facts |= {name: getattr(artefact, name) for name in names}
@@ -234,13 +246,16 @@ def _from_format_2(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
     """Build the record of a model.json. :raises ValueError, KeyError, TypeError, AttributeError: it is invalid."""
-    facts = {"dimensions": 0, "unknown_below": 0.0, "provenance": None, **facts}  # some artefacts of format 4 have none
+    # Some artefacts of format 4 have none.
+    absent = {"dimensions": 0, "unknown_below": 0.0, "provenance": None, "tile": (0, 0), "margin": 0, "scale": 1}
+    facts = {**absent, **facts}
     if not 0 <= facts["unknown_below"] < 1:
         raise ValueError("unknown_below is no probability")
     return Artefact(
         **plain_fields(Artefact, facts),
         crop=None if facts["crop"] is None else float(facts["crop"]),
         columns=tuple(map(str, facts["columns"])),
+        tile=_parse_sides(*facts["tile"]),
         labels=tuple((str(wnid), str(name)) for wnid, name in facts["labels"]),
         provenance=facts["provenance"] and Provenance(**plain_fields(Provenance, facts["provenance"])),
         storage=facts["storage"] and Storage(**plain_fields(Storage, facts["storage"])),
@@ -248,6 +263,10 @@ def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
         files={file: (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},
         folder=folder,
     )
+
+
+def _parse_sides(height: Any, width: Any) -> tuple[int, int]:
+    return int(height), int(width)
 
 
 def _parse_sample(facts: Mapping[str, Any]) -> Sample:

@@ -71,6 +71,11 @@ class ModelFacts:
     dimensions: int = 0
 
     @property
+    def net_size(self) -> tuple[int, int]:
+        """Return height and width in pixels of what the net takes at a time; 0 as above."""
+        return self.height, self.width
+
+    @property
     def base(self) -> str | None:
         """Return the name of the model that this is without its last layer; None if it is none of that kind."""
         is_embedding = self.service == "embedding" and self.name.endswith(EMBEDDING_SUFFIX)
@@ -165,13 +170,19 @@ def embedding_of(model: ModelFacts) -> ModelFacts:
     )
 
 
-def _method_row(name: str, title: str, service: str | None = None) -> ModelRow:
+def _method_row(name: str, title: str, *, service: str | None = None) -> ModelRow:
     """Make the row of a method that needs no weights and takes images of any size.
 
-    :param service: None takes the one with its name.
+    :param service: None: that with its name.
     """
     return ModelRow(
-        name=name, title=title, service=service or name, height=0, width=0, preprocessing="none", source="method"
+        name=name,
+        title=title,
+        service=service or name,
+        height=0,
+        width=0,
+        preprocessing="none",
+        source="method",
     )
 
 
@@ -299,8 +310,9 @@ _MODELS = (
 
 #: What has no weights, and so no embedding.
 _METHODS = (
+    _method_row("denoise", "Noise removal", service="image_to_image"),
     _method_row("quality", "Image quality"),
-    _method_row("texture", "Texture", "style_transfer"),
+    _method_row("texture", "Texture", service="style_transfer"),
 )
 
 #: What has weights, takes images of any size and has no embedding.

@@ -7,7 +7,7 @@ from typing import cast
 
 from provider_image.errors import MalformedChunk
 from provider_image.extensions import SERVICES, Extensions
-from provider_image.schemas import MAX_ITEMS
+from provider_image.schemas import MAX_BYTES, MAX_ITEMS
 from provider_image.service import Service
 
 #: name -> "module:Class"; the class takes no arguments. Other packages add to it by entry points of this group.
@@ -16,6 +16,7 @@ REGISTRY = Extensions(
     {
         "classification": "provider_image.services.classification:Classification",
         "embedding": "provider_image.services.embedding:Embedding",
+        "image_to_image": "provider_image.services.image_to_image:ImageToImage",
         "quality": "provider_image.services.quality:Quality",
         "regression": "provider_image.services.regression:Regression",
         "style_transfer": "provider_image.services.style_transfer:StyleTransfer",
@@ -34,8 +35,14 @@ def load_service(name: str) -> Service:
 
 
 def chunk_items(name: str) -> int:
-    """Return the most items of a chunk of a service: fewer than usual where the class has `chunk_items`.
+    """Return the most items of a chunk of a service: so many that the files of their answers fit into a results file.
 
-    A service whose items take seconds each has 1: a chunk must end within `MLG_CHUNK_TIMEOUT_SECONDS`.
+    Fewer where the class has `chunk_items`. A service whose items take seconds each has 1: a chunk must end within
+    `MLG_CHUNK_TIMEOUT_SECONDS`.
     """
-    return min(MAX_ITEMS, getattr(load_service(name), "chunk_items", MAX_ITEMS)) if name in REGISTRY else MAX_ITEMS
+    if name not in REGISTRY:
+        return MAX_ITEMS
+    service = load_service(name)
+    answer_bytes = sum(one.max_bytes for one in service.outputs.values())
+    most = MAX_ITEMS if not answer_bytes else max(1, MAX_BYTES // answer_bytes)
+    return min(MAX_ITEMS, most, getattr(service, "chunk_items", MAX_ITEMS))

@@ -205,8 +205,8 @@ def _parameter(field: Field, location: str) -> dict[str, Any]:
     schema = {"type": "string", **field.schema}
     if field.name == "model" and location == "path":
         # Not those of embeddings, which are the same with an ending.
-        classifiers = (row.name for row in CATALOGUE.values() if row.base is None and row.name != EXAMPLE_MODEL)
-        schema["examples"] = [EXAMPLE_MODEL, f"{EXAMPLE_MODEL}{EMBEDDING_SUFFIX}", *classifiers]
+        models = (row.name for row in CATALOGUE.values() if row.base is None and row.name != EXAMPLE_MODEL)
+        schema["examples"] = [EXAMPLE_MODEL, f"{EXAMPLE_MODEL}{EMBEDDING_SUFFIX}", *models]
     if location == "path":
         schema.setdefault("minLength", 1)
         schema.setdefault("pattern", "^[^/]+$")

@@ -365,7 +365,7 @@ _CATALOGUE_MODEL = object_schema(
 
 def schemas() -> Mapping[str, Schema]:
     """Build all schemas, by name."""
-    outputs = {f"{load_service(name).title}Output": _output(name) for name in REGISTRY}
+    outputs = {f"{name.title().replace('_', '')}Output": _output(name) for name in REGISTRY}
     preds = {**_REQUEST["properties"]["preds"], "anyOf": [{"type": "null"}, *map(ref, outputs)]}
     request = {**_REQUEST, "properties": {**_REQUEST["properties"], "preds": preds}}
     return {

@@ -35,7 +35,7 @@ class HomeViews(Views):
         models = [model for model in serialize_models(self._context.settings.models) if _is_for_home(model)]
         ready = sorted(
             (model for model in models if model["installed"] or model["builds_on_first_use"]),
-            key=lambda model: not model["installed"],
+            key=lambda model: (model["service"] != "classification", not model["installed"]),
         )
         missing = [model for model in models if model not in ready]
         ready.sort(key=lambda model: model["base"] is not None)  # embeddings last

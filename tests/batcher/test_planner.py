@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher.planner import PlannedChunk, plan
+from provider_image.images.outputs import MAX_OUTPUT_BYTES
+from provider_image.schemas import MAX_BYTES
 from store.requests import ISOLATION_STEPS, Claim
 
 NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -184,3 +186,13 @@ def test_images_that_are_resized_count_with_what_they_are_in_the_chunk() -> None
 
     assert [len(chunk.items) for chunk in as_sent] == [4, 4, 4, 4]
     assert [len(chunk.items) for chunk in resized] == [16]
+
+
+def test_so_many_items_are_together_that_their_answers_fit_into_a_results_file() -> None:
+    claims = [claim(number, service=service) for number in range(20) for service in ("image_to_image", "quality")]
+
+    chunks = plan(claims)
+
+    names, most = ("image_to_image", "quality"), MAX_BYTES // MAX_OUTPUT_BYTES
+    sizes = {name: [len(chunk.items) for chunk in chunks if chunk.service == name] for name in names}
+    assert 1 < most < 16 and sizes == {"image_to_image": [most] * (20 // most), "quality": [16, 4]}

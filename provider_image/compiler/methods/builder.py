@@ -12,16 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from provider_image.backends import Device
 from provider_image.backends.opencv import METHOD_FILE, import_opencv, write_method
 from provider_image.compiler.installing import begin_artefact, build_folder, find_same, install, with_files
 from provider_image.compiler.self_test import self_test_images
-from provider_image.compiler.verification import write_samples
+from provider_image.compiler.verification import answer_images, write_samples
 from provider_image.models.artefact import Artefact
 from provider_image.models.catalogue import ModelRow
 from provider_image.precision import TOLERANCE
-from provider_image.service import Output, check_params, primary_input
-from provider_image.services import load_service
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +33,10 @@ class _Recipe:
 
 
 #: Model -> how it is made.
-_RECIPES = {"quality": _Recipe(method="quality", recipe="quality-1")}
+_RECIPES = {
+    "denoise": _Recipe(method="denoise", recipe="denoise-1"),
+    "quality": _Recipe(method="quality", recipe="quality-1"),
+}
 
 
 def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float = TOLERANCE) -> Artefact:
@@ -45,7 +45,7 @@ def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float
     :param again: build even if an intact one is installed, for example by a process that held the lock before.
     :param f16_within: has no effect, as there are no weights.
     """
-    made, service = _RECIPES[row.name], load_service(row.service)
+    made = _RECIPES[row.name]
     with build_folder(models, row.name) as folder:
         content = write_method(folder, made.method, made.options)
         draft = begin_artefact(
@@ -58,11 +58,6 @@ def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float
         draft = with_files(replace(draft, folder=folder), [METHOD_FILE])
         if not again and (found := find_same(models, draft)) is not None:
             return found
-        images, params = self_test_images(), check_params(service.params, {})
-        net = service.load(draft, Device(threads=1))
-        outputs: list[Output] = []
-        for data in images.values():
-            item = service.prepare(draft, {primary_input(service): data}, params)
-            outputs += service.run(net, [item], [params])
-        samples = write_samples(folder, images, outputs)
+        images = self_test_images()
+        samples = write_samples(folder, images, answer_images(draft, images))
         return install(replace(draft, samples=samples), folder, models, [METHOD_FILE])

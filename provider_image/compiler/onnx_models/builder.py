@@ -63,7 +63,7 @@ _FOUND = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Input:
+class NetworkInput:
     """What a network takes."""
 
     #: Height and width in pixels, None for one that is open.
@@ -106,7 +106,7 @@ def build(
         if preprocessing == "caffe" and custom.channels is not None:
             raise ConfigError("The preprocessing caffe gives blue, green and red already. Omit --channels.")
         channels = custom.channels or ("rgb" if preprocessing == "caffe" else checked.channels)
-        taken = _find_input(network, preprocessing, channels)
+        taken = find_input(network, preprocessing, channels)
         size = find_size(taken.sides, custom)
         draft = begin_custom(
             custom,
@@ -117,12 +117,12 @@ def build(
             recipe=RECIPE,
             reference=f"onnxruntime {runtime.__version__}",
         )
-        _fix_input(network, size, taken)
+        fix_input(network, size, taken)
         check_shapes(network)
         is_bgr = taken.is_bgr or preprocessing == "caffe"
         order = "channels first" if taken.is_channels_first else "channels last"
         on_step(f"running the network on {size[0]} x {size[1]}, {order}, {'BGR' if is_bgr else 'RGB'}")
-        reference = _Reference(network, draft, taken)
+        reference = Reference(network, draft, taken)
         arrays = [decode(data, *size, draft.crop) for data in self_test_images().values()]
         try:
             outputs = [reference.output(array) for array in arrays]
@@ -130,7 +130,7 @@ def build(
             raise failed_on_images(draft, error) from error
         check_classes(_count_classes(outputs), labels)
         outputs = [each.reshape(-1) for each in outputs]
-        head = choose_head(outputs, _last_activation(network), custom.returns)
+        head = choose_head(outputs, last_activation(network), custom.returns)
         on_step(_FOUND[head])
         complete = _complete(network, draft, taken, head)
 
@@ -138,30 +138,57 @@ def build(
             return [_apply_head(reference.output(array).reshape(-1), head) for array in arrays]
 
         on_step("converting")
-        for_openvino, for_onnxruntime = folder / "openvino", folder / "onnxruntime"
-        for_onnxruntime.mkdir()
-        (for_onnxruntime / GRAPH_FILE).write_bytes(complete)
-        del complete
-        try:
-            for_openvino.mkdir()
-            return verify_and_install(
-                _convert(for_onnxruntime / GRAPH_FILE),
-                for_openvino,
-                models,
-                draft,
-                reference=probabilities,
-                f16_within=f16_within,
-                on_step=on_step,
-            )
-        except (RuntimeError, CompilationFailed, InferenceFailed) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
-            on_step(f"OpenVINO cannot be used, so the model will run on onnxruntime: {reason}")
-        return install_as_it_is(
-            for_onnxruntime, models, draft, backend="onnxruntime", files=(GRAPH_FILE,), reference=probabilities
+        return install_complete(
+            complete, folder, models, draft, reference=probabilities, f16_within=f16_within, on_step=on_step
         )
 
 
-def _find_input(network: Any, preprocessing: str, channels: str | None) -> _Input:
+def install_complete(
+    complete: bytes,
+    folder: Path,
+    models: Path,
+    draft: Artefact,
+    *,
+    reference: Callable[[Arrays], Arrays],
+    f16_within: float,
+    on_step: Callable[[str], None],
+    tolerance: float = TOLERANCE,
+) -> Artefact:
+    """Install a complete ONNX file: for OpenVINO if that can run it and gives the right results, else for onnxruntime.
+
+    :param folder: from `installing.build_folder`.
+    :param reference, tolerance: see `verification.verify_and_install`.
+    """
+    for_openvino, for_onnxruntime = folder / "openvino", folder / "onnxruntime"
+    for_onnxruntime.mkdir()
+    (for_onnxruntime / GRAPH_FILE).write_bytes(complete)
+    try:
+        for_openvino.mkdir()
+        return verify_and_install(
+            _convert(for_onnxruntime / GRAPH_FILE),
+            for_openvino,
+            models,
+            draft,
+            reference=reference,
+            tolerance=tolerance,
+            f16_within=f16_within,
+            on_step=on_step,
+        )
+    except (RuntimeError, CompilationFailed, InferenceFailed) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        on_step(f"OpenVINO cannot be used, so the model will run on onnxruntime: {reason}")
+    return install_as_it_is(
+        for_onnxruntime,
+        models,
+        draft,
+        backend="onnxruntime",
+        files=(GRAPH_FILE,),
+        reference=reference,
+        tolerance=tolerance,
+    )
+
+
+def find_input(network: Any, preprocessing: str, channels: str | None) -> NetworkInput:
     """Read what a network takes from its input. :raises UnsuitableModel: no image. :raises ConfigError:"""
     import numpy as np
 
@@ -180,22 +207,22 @@ def _find_input(network: Any, preprocessing: str, channels: str | None) -> _Inpu
             "The model takes whole numbers from 0 to 255, so it scales them itself. Omit --preprocessing."
         )
     height, width = shape[2:] if is_channels_first else shape[1:3]
-    return _Input(
+    return NetworkInput(
         sides=(height, width), is_channels_first=is_channels_first, is_bgr=channels == "bgr", dtype=np.dtype(dtype)
     )
 
 
-def _fix_input(network: Any, size: tuple[int, int], taken: _Input) -> None:
+def fix_input(network: Any, size: tuple[int, int], taken: NetworkInput) -> None:
     """Set the shape of a network's input to one image."""
     shape = (1, 3, *size) if taken.is_channels_first else (1, *size, 3)
     for side, number in zip(network.graph.input[0].type.tensor_type.shape.dim, shape, strict=True):
         side.dim_value = number
 
 
-class _Reference:
+class Reference:
     """The network as it was saved, run by onnxruntime, with the preprocessing in numpy."""
 
-    def __init__(self, network: Any, draft: Artefact, taken: _Input) -> None:
+    def __init__(self, network: Any, draft: Artefact, taken: NetworkInput) -> None:
         try:
             self._session = open_session(network.SerializeToString())
         except Exception as error:  # onnxruntime's errors have no base in common
@@ -226,7 +253,7 @@ def _count_classes(outputs: Arrays) -> int:
     return outputs[0].size
 
 
-def _last_activation(network: Any) -> str | None:
+def last_activation(network: Any) -> str | None:
     """Return the name of the last activation, linear if there is none; None if the last operator is of another kind."""
     makers = {name: node for node in network.graph.node for name in node.output if name}
     weights = {each.name for each in network.graph.initializer}
@@ -252,7 +279,7 @@ def _apply_head(output: np.ndarray[Any, Any], head: str) -> np.ndarray[Any, Any]
     return output
 
 
-class _Operations:
+class Operations:
     """Adds operations of ONNX to a graph, after those that are there."""
 
     def __init__(self, graph: Any) -> None:
@@ -279,42 +306,59 @@ class _Operations:
         return f"mlg{self._count}"
 
 
-class _Pixels:
+class Pixels:
     """A value of a graph, to which `keras_graph.preprocess` adds its operations as if it were an array."""
 
-    def __init__(self, operations: _Operations, name: str) -> None:
+    def __init__(self, operations: Operations, name: str) -> None:
         self._operations = operations
         self.name = name
 
-    def __sub__(self, other: Any) -> _Pixels:
-        return _Pixels(self._operations, self._operations.add("Sub", self.name, self._f32(other)))
+    def __sub__(self, other: Any) -> Pixels:
+        return Pixels(self._operations, self._operations.add("Sub", self.name, self._f32(other)))
 
-    def __truediv__(self, other: Any) -> _Pixels:
-        return _Pixels(self._operations, self._operations.add("Div", self.name, self._f32(other)))
+    def __truediv__(self, other: Any) -> Pixels:
+        return Pixels(self._operations, self._operations.add("Div", self.name, self._f32(other)))
 
-    def __getitem__(self, key: Any) -> _Pixels:
+    def __getitem__(self, key: Any) -> Pixels:
         assert key == (..., slice(None, None, -1))  # the other order of channels
         order = self._operations.constant([2, 1, 0], "int64")
-        return _Pixels(self._operations, self._operations.add("Gather", self.name, order, axis=3))
+        return Pixels(self._operations, self._operations.add("Gather", self.name, order, axis=3))
 
     def _f32(self, values: Any) -> str:
         return self._operations.constant(values, "float32")
 
 
-def _complete(network: Any, draft: Artefact, taken: _Input, head: str) -> bytes:
+def _complete(network: Any, draft: Artefact, taken: NetworkInput, head: str) -> bytes:
     """Put preprocessing and head around a network.
 
     :return: an ONNX file: uint8 RGB (1, height, width, 3) in, probabilities (1, labels) out.
     """
+    complete, operations, name = begin_complete(network, draft, taken)
+    name = operations.add("Reshape", name, operations.constant([1, -1], "int64"))
+    if head == "softmax":
+        name = operations.add("Softmax", name, axis=1)
+    elif head == "complement":
+        other = operations.add("Sub", operations.constant([[1]], "float32"), name)
+        name = operations.add("Concat", other, name, axis=1)
+    return end_complete(complete, name, (1, len(draft.labels)))
+
+
+def begin_complete(network: Any, draft: Artefact, taken: NetworkInput) -> tuple[Any, Operations, str]:
+    """Put preprocessing in front of a network.
+
+    :return: an onnx.ModelProto that takes uint8 RGB (1, height, width, 3), what adds operations to it, and the name of
+        the network's output, as f32.
+    """
     onnx = import_onnx()
-    types, make_value = onnx.TensorProto, onnx.helper.make_tensor_value_info
+    types = onnx.TensorProto
     complete = onnx.ModelProto(ir_version=network.ir_version, producer_name=network.producer_name)
     complete.opset_import.extend(network.opset_import)
     complete.graph.name = draft.name
-    complete.graph.input.append(make_value("image", types.UINT8, (1, draft.height, draft.width, 3)))
+    value = onnx.helper.make_tensor_value_info("image", types.UINT8, (1, *draft.net_size, 3))
+    complete.graph.input.append(value)
     complete.graph.initializer.extend(network.graph.initializer)
-    operations = _Operations(complete.graph)
-    pixels = _Pixels(operations, operations.add("Cast", "image", to=types.FLOAT))
+    operations = Operations(complete.graph)
+    pixels = Pixels(operations, operations.add("Cast", "image", to=types.FLOAT))
     pixels = preprocess(pixels, draft.preprocessing)
     if taken.is_bgr:
         pixels = pixels[..., ::-1]
@@ -326,14 +370,14 @@ def _complete(network: Any, draft: Artefact, taken: _Input, head: str) -> bytes:
         onnx.helper.make_node("Cast", [name], [original.name], to=original.type.tensor_type.elem_type)
     )
     complete.graph.node.extend(network.graph.node)
-    name = operations.add("Cast", network.graph.output[0].name, to=types.FLOAT)
-    name = operations.add("Reshape", name, operations.constant([1, -1], "int64"))
-    if head == "softmax":
-        name = operations.add("Softmax", name, axis=1)
-    elif head == "complement":
-        other = operations.add("Sub", operations.constant([[1]], "float32"), name)
-        name = operations.add("Concat", other, name, axis=1)
-    complete.graph.output.append(make_value(name, types.FLOAT, (1, len(draft.labels))))
+    return complete, operations, operations.add("Cast", network.graph.output[0].name, to=types.FLOAT)
+
+
+def end_complete(complete: Any, name: str, shape: tuple[int, ...]) -> bytes:
+    """Return a network as an ONNX file. :param name, shape: of the value that it returns, f32."""
+    onnx = import_onnx()
+    value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+    complete.graph.output.append(value)
     data: bytes = complete.SerializeToString(deterministic=True)
     return data
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from provider_image.errors import InferenceFailed, MalformedResults
-from provider_image.images.outputs import FORMAT, IMAGE_OUTPUT, check_image, compare_images, encode_image
+from provider_image.images.outputs import FORMAT, IMAGE_OUTPUT, check_image, compare_images, encode_image, image_format
 from provider_image.precision import TOLERANCE
 from provider_image.service import check_files, media_type_of
 from tests.provider_image.conftest import encode_image as encode
@@ -21,6 +21,7 @@ PIXELS = np.asarray(Image.linear_gradient("L").resize((90, 60)).convert("RGB"))
 def test_encoded_image_passes_its_own_check(format: str) -> None:
     data = encode_image(PIXELS, format)
 
+    assert image_format(data) == format
     check_image(data, width=90, height=60, format=format)
     check_files({"image": IMAGE_OUTPUT}, {"image": data})
     assert media_type_of(IMAGE_OUTPUT, data) == f"image/{format}"
@@ -52,9 +53,17 @@ def test_format_that_is_no_output_is_refused(format: str) -> None:
         check_files({"image": IMAGE_OUTPUT}, {"image": encode(Image.fromarray(PIXELS), format)})
 
 
-def test_image_with_too_many_bytes_fails_with_its_cure() -> None:
-    with pytest.raises(InferenceFailed, match="format=jpeg"):
-        encode_image(np.random.default_rng(1).integers(0, 256, (60, 90, 3), np.uint8), "png", max_bytes=500)
+def test_png_with_too_many_bytes_becomes_a_jpeg_and_then_one_of_less_quality() -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (60, 90, 3), np.uint8)
+    sizes = [len(encode_image(noise, "jpeg", max_bytes=most)) for most in (100_000, 4000)]
+
+    data = encode_image(noise, "png", max_bytes=10_000)
+
+    assert image_format(data) == "jpeg"
+    check_image(data, width=90, height=60, format="jpeg")
+    assert sizes[1] <= 4000 and sizes[1] < sizes[0] <= 10_000
+    with pytest.raises(InferenceFailed, match="Send a smaller one"):
+        encode_image(noise, "png", max_bytes=500)
 
 
 @pytest.mark.parametrize("format", FORMAT.choices)

@@ -12,7 +12,10 @@ from html.parser import HTMLParser
 import flask.testing
 import pytest
 
+from provider_image.compiler import can_build_now
 from provider_image.models.catalogue import CATALOGUE
+from provider_image.service import IMAGE_ANSWER
+from provider_image.services import load_service
 from server.pages import render
 from server.settings import ServerSettings
 from store.clients.keys import KeyRecord, Scope, hash_key, make_key
@@ -151,10 +154,15 @@ def test_home_lists_installed_models_first_and_how_to_install_the_others(
     page = get_page(client, "/")
     models = [tag for tag in TagCollector(page).all("input") if tag.get("name") == "model"]
 
-    assert [model["value"] for model in models[:2]] == [MODEL, f"{MODEL}_embedding"]
+    ready = [model["value"] for model in models if "disabled" not in model]
+    assert [model["value"] for model in models[: len(ready)]] == ready
+    assert (ready[0], ready[-1]) == (MODEL, f"{MODEL}_embedding")
+    assert "quality" in ready and all(can_build_now(CATALOGUE[name or ""]) for name in ready)
     assert [model["value"] for model in models if "checked" in model] == [MODEL]
-    assert [model["value"] for model in models if "disabled" not in model] == [MODEL, f"{MODEL}_embedding"]
-    assert len(models) == 1 + sum(row.base is None for row in CATALOGUE.values())
+    assert "any size" in page
+    # The gallery has those that answer with an image.
+    shown = [row for row in CATALOGUE.values() if IMAGE_ANSWER not in load_service(row.service).outputs]
+    assert len(models) == 1 + sum(row.base is None for row in shown)
     assert "mlg models compile densenet121" in page and "<summary>1 embedding</summary>" in page
     assert page.count("mlg models compile densenet121_embedding") == 1
     assert "224 × 224" in page

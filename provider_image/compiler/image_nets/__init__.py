@@ -1,0 +1,1 @@
+"""Builders of users' nets that take an image and return one."""
