@@ -23,6 +23,7 @@ COMMANDS = {
     "trainings": ("cli.training.trainings:trainings", "List, show or cancel trainings."),
     "requests": ("cli.requests:requests", "List, show, retry or cancel requests."),
     "collections": ("cli.collections:collections", "Find similar images, near-duplicates and groups."),
+    "pipelines": ("cli.pipelines.pipelines:pipelines", "List, check or draw pipelines of models."),
     "models": ("cli.models:models", "List, install or check models."),
     "image": ("cli.image:image", "Build and publish the provider image."),
     "bills": ("cli.rentals.bills:bills", "Show what is not billed or was refused, or write it off."),

@@ -22,6 +22,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from batcher.cycle import Cycle, available_models, now_utc
 from batcher.executors import Executor, ExecutorContext, load_executor
+from batcher.pipelines import PipelineRunner
 from batcher.resizing import Resizer, is_resizing
 from batcher.result_writer import Tally
 from batcher.settings import BatcherSettings, BatcherTimings
@@ -32,9 +33,9 @@ from batcher.workspace import Workspace
 from provider_image.errors import MlgError
 from provider_image.models.artefact import find_artefact
 from store.errors import StoreError
+from store.pipelines.definition import PIPELINE
 from store.processes.batchers import BatcherRecord
 from store.processes.controls import ControlState
-from store.requests import Requests
 from store.settings import HomeSettings
 from store.store import Store
 
@@ -106,6 +107,7 @@ class Batcher:
             clock=clock,
             timings=timings,
         )
+        self._pipelines = PipelineRunner(store, settings.models, clock=clock)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run cycles on the timer until stopped. :raises MlgError: the executor cannot start."""
@@ -114,7 +116,9 @@ class Batcher:
             scheduler.add_job(self._flush, "interval", seconds=self._settings.every_seconds, next_run_time=now)
             scheduler.add_job(self._purge, "interval", seconds=self._timings.purge_seconds, next_run_time=now)
             polling = asyncio.create_task(self._poll_loop())
-            training = asyncio.create_task(self._trainings.run(stop)) if self._trainings is not None else None
+            beside = [asyncio.create_task(self._pipeline_loop(stop))]
+            if self._trainings is not None:
+                beside.append(asyncio.create_task(self._trainings.run(stop)))
             try:
                 while not stop.is_set():
                     await wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
@@ -123,8 +127,10 @@ class Batcher:
                         log.info("cycle ended", extra={**asdict(tally), "seconds": round(tally.seconds, 3)})
             finally:
                 polling.cancel()
-                if training is not None:
-                    await asyncio.wait({training})
+                if stop.is_set():
+                    await asyncio.wait(beside)
+                for task in beside:
+                    task.cancel()  # they remain only after a failure of the cycle itself
 
     async def run_once(self, stop: asyncio.Event) -> OnceReport:
         """Process everything that waits now, back-offs included, and end.
@@ -136,13 +142,15 @@ class Batcher:
         started_at = time.monotonic()
         total = Tally()
         async with self._running():
-            initial_backlog = _InitialBacklog(self._store.requests, self._timings.once_backlog_seconds)
+            initial_backlog = _InitialBacklog(self._store, self._timings.once_backlog_seconds)
+            await self._advance_pipelines()
             while True:
                 self._cycle.flush()
                 tally = await self._cycle.run(
                     stop, models=lambda: initial_backlog.models() & available_models(self._settings.models)
                 )
                 total.add(tally)
+                await self._advance_pipelines()
                 waiting = await asyncio.to_thread(initial_backlog.count)
                 models = waiting.keys() & available_models(self._settings.models)
                 if stop.is_set() or all(self._cycle.unavailable_reason(model) is not None for model in models):
@@ -178,6 +186,10 @@ class Batcher:
                 watching_controls.cancel()
             await self._shut_down(scheduler)
 
+    async def _advance_pipelines(self) -> None:
+        while await asyncio.to_thread(self._pipelines.run_ready):
+            pass
+
     # Jobs
 
     async def _flush(self) -> None:
@@ -188,6 +200,27 @@ class Batcher:
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
             self._cycle.poll()
+
+    async def _pipeline_loop(self, stop: asyncio.Event) -> None:
+        """Let requests to pipelines go on until stopped."""
+        failures = 0
+        while not stop.is_set():
+            pause = self._timings.pipeline_poll_seconds
+            try:
+                has_any = bool(await asyncio.to_thread(self._pipelines.run_ready))
+                failures = 0
+                if has_any:
+                    pause = 0.0
+                    self._cycle.poll()
+            except StoreError as error:
+                failures += 1
+                pause = self._timings.store_backoff.after(failures)
+                log.warning("cannot let pipelines go on, trying again in %.1f s: %s", pause, error)
+            except Exception:
+                # A bug here must not stop all of them for good.
+                log.exception("cannot let pipelines go on")
+                pause = self._timings.store_backoff.max_seconds
+            await wait_for_first(stop.wait(), asyncio.sleep(pause))
 
     async def _watch_controls(self) -> None:
         while True:
@@ -285,23 +318,27 @@ class Batcher:
 
 
 class _InitialBacklog:
-    """The waiting requests from before this object was made."""
+    """The waiting requests from before this object was made, and the steps of pipelines' requests from before."""
 
-    def __init__(self, requests: Requests, refresh_seconds: float) -> None:
-        self._requests = requests
+    def __init__(self, store: Store, refresh_seconds: float) -> None:
+        self._store = store
         self._refresh_seconds = refresh_seconds
-        newest = requests.list(limit=1)
+        newest = store.requests.list(limit=1)
         self._newest_number = newest[0].number if newest else 0
         self._models: frozenset[str] = frozenset()
         self._counted_at = float("-inf")
 
     def count(self) -> dict[str, int]:
         """Count the waiting requests by model; models with only newer requests are left out."""
-        return {
+        backlog = self._store.requests.backlog()
+        found = {
             each.model: each.waiting
-            for each in self._requests.backlog()
-            if each.oldest_number is not None and each.oldest_number <= self._newest_number
+            for each in backlog
+            if each.service != PIPELINE and each.oldest_number is not None and each.oldest_number <= self._newest_number
         }
+        if any(each.service == PIPELINE for each in backlog):
+            found |= self._store.pipelines.waiting_models(self._newest_number)
+        return found
 
     def models(self) -> frozenset[str]:
         """Return the models with older requests waiting; reads the store at most once per interval."""

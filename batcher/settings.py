@@ -38,6 +38,8 @@ class BatcherTimings:
     purge_seconds: float = 3600.0
     #: Interval at which trainings whose features are there are looked for, and the running one is looked at.
     training_poll_seconds: float = 1.0
+    #: Interval at which requests to pipelines that can go on are looked for.
+    pipeline_poll_seconds: float = 0.1
     #: Longest time of one training's process.
     training_seconds: float = 3600.0
     #: With `--once`: interval at which the end of back-offs is checked.

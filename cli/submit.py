@@ -476,7 +476,7 @@ def _json_row(row: Row) -> dict[str, Any]:
         "req_id": row.request.id if row.request else None,
         "status": row.status,
         "preds": row.request.preds if row.request else None,
-        **({"files": answer["files"]} if answer.get("files") else {}),
+        **{name: answer[name] for name in ("files", "steps") if answer.get(name)},
         **({"image": str(row.image)} if row.image is not None else {}),
         "reason": row.reason,
         "code": row.code,

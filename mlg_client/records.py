@@ -33,6 +33,8 @@ class Request:
     files: Mapping[str, str] = field(default_factory=dict)
     #: Whether the result was reused from an earlier request with the same image.
     is_cached: bool = False
+    #: Of a pipeline: the answer of each step as far as it is, or a list with one for each item.
+    steps: Mapping[str, Any] = field(default_factory=dict)
     #: Why there is no result, for people and for programs.
     reason: str | None = None
     code: str | None = None
@@ -72,6 +74,7 @@ class Request:
             files={name: str(file["media_type"]) for name, file in (answer.get("files") or {}).items()},
             is_cached=bool(answer.get("cached", False)),
             labels=dict(answer.get("labels") or {}),
+            steps=dict(answer.get("steps") or {}),
             raw=dict(answer),
             **{name: answer.get(name) for name in ("name", "preds", "reason", "code", "waiting_for", "eta_seconds")},
         )

@@ -64,8 +64,8 @@ def _prepare_for_work() -> None:
     import logging
     import warnings
 
-    # An item is worked on by one core. Otherwise numpy would start a thread for each core, which wait for one another in
-    # every product of matrices. That takes four times the processor time where other processes are busy.
+    # An item is worked on by one core. Otherwise numpy would start a thread for each core, which wait for one another
+    # in every product of matrices. That takes four times the processor time where other processes are busy.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # Pillow warns of invalid metadata in images, about which nothing can be done here.

@@ -31,6 +31,7 @@ from server.pages.gallery import GalleryViews
 from server.pages.home import HomeViews
 from server.pages.login import LoginViews
 from server.pages.operator import OperatorPageViews
+from server.pages.pipelines import PipelineViews
 from server.pages.render import RenderViews
 from server.pages.requests import RequestPageViews
 from server.pages.trainings import TrainingPageViews
@@ -56,6 +57,7 @@ VIEWS: tuple[type[Views], ...] = (
     BatchPageViews,
     CollectionPageViews,
     TrainingPageViews,
+    PipelineViews,
     OperatorPageViews,
     ApiReferenceViews,
     LoginViews,

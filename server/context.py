@@ -38,6 +38,9 @@ from server.thumbnails import Thumbnails
 from store.batches import BatchRecord
 from store.collections.collections import CollectionRecord
 from store.errors import ImageGone
+from store.pipelines.definition import Pipeline
+from store.pipelines.folder import PipelineFolder
+from store.pipelines.runs import PipelineRun
 from store.requests import RequestRecord
 from store.store import Store
 from store.trainings.records import TrainingRecord, TrainingState
@@ -115,6 +118,11 @@ class Context:
             params = parse_read_params(request.service, {})
         return serialize_request(request, params, self.estimate_wait(request), models=self.settings.models)
 
+    def pipelines_of_images(self) -> list[Pipeline]:
+        """List the pipelines that an image can be sent to."""
+        files = PipelineFolder(self.settings.home, self.settings.models).list_files()
+        return [file.pipeline for file in files if file.pipeline is not None and file.pipeline.takes_image]
+
     def find_unknown(self, requests: Iterable[RequestRecord]) -> set[str]:
         """Return the ids of those whose first label is less probable than the threshold of its model."""
         thresholds = ((each, unknown_below(self.settings.models, each)) for each in requests)
@@ -156,6 +164,8 @@ class Context:
         """Estimate why a request waits and how long; None if it is final."""
         if request.state.is_final:
             return None
+        if request.run is not None:
+            return self._estimate_steps(request.run)
         inputs = EtaInputs(
             batchers=self.queue_stats.batchers(),
             backlog=self.queue_stats.backlog(),
@@ -163,6 +173,17 @@ class Context:
             unavailable_reason=self._unavailable_reason(request.model),
         )
         return estimate(request, inputs, self.clock())
+
+    def _estimate_steps(self, run: PipelineRun) -> WaitEstimate:
+        """Tell why a request to a pipeline has not ended: by the first of its steps that has not."""
+        for child in run.children.values():
+            wait = self.estimate_wait(child)
+            if wait is not None:
+                return WaitEstimate(waiting_for=f"Step {child.step}: {wait.waiting_for}", eta_seconds=None)
+        waiting_for = "Its next step begins in a moment."
+        if not self.queue_stats.batchers():
+            waiting_for = "Nothing is processed now: no batcher is running. Start one: mlg batch (or mlg up)."
+        return WaitEstimate(waiting_for=waiting_for, eta_seconds=None)
 
     def _unavailable_reason(self, model: str) -> str | None:
         """Return why no batcher can run a model that requests wait for."""

@@ -17,6 +17,7 @@ from store.clients.idempotency import IdempotencyKeyReused
 from store.clients.webhooks import UnknownWebhook
 from store.collections.collections import CollectionExists
 from store.collections.likeness import ComparisonTooLong
+from store.pipelines.definition import InvalidPipeline
 from store.rentals.providers import UnknownProvider
 from store.trainings.records import (
     NameTaken,
@@ -184,6 +185,7 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
     503: (
         errors.NotInstalled,
         errors.ModelError,
+        InvalidPipeline,
         errors.DecodingUnavailable,
         BacklogFull,
         NotMeasured,

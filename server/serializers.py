@@ -21,6 +21,8 @@ from server.record_json import fields, given_fields
 from server.status.eta import WaitEstimate
 from store.batches import BatchProgress, BatchRecord
 from store.clients.webhooks import DeliveryRecord
+from store.files import StoredFile
+from store.pipelines.runs import PipelineRun
 from store.processes.progress import ProgressRecord
 from store.requests import RequestRecord
 from store.states import RequestState
@@ -43,7 +45,7 @@ def serialize_request(
         "status": request.status,
         "preds": None,
         **fields(request, "model service name created_at attempts"),
-        **given_fields(request, "batch_id client_id labels replaces"),
+        **given_fields(request, "batch_id client_id labels replaces parent step position"),
     }
     if request.replaced_by is not None:
         result["replaced_by"] = {
@@ -65,15 +67,10 @@ def serialize_request(
         result |= serialize_progress(request.progress)
     if IMAGE_ANSWER in request.files:
         result["image_url"] = f"/requests/{request.id}/image"
+    if request.run is not None:
+        result["steps"] = serialize_steps(request.run)
     if request.files:
-        result["files"] = {
-            name: {
-                "url": f"/requests/{request.id}/files/{name}",
-                "media_type": one.media_type,
-                "bytes": one.size_bytes,
-            }
-            for name, one in request.files.items()
-        }
+        result["files"] = _serialize_files(request.id, request.files)
     result |= given_fields(request, "finished_at")
     if wait is not None:
         result |= {**fields(wait, "waiting_for eta_seconds"), **given_fields(wait, "ahead")}
@@ -90,6 +87,43 @@ def serialize_progress(progress: ProgressRecord) -> dict[str, Any]:
     return {"progress": round(progress.fraction, 4), "preview_url": preview_url}
 
 
+def _serialize_files(id: str, files: Mapping[str, StoredFile]) -> dict[str, Any]:
+    return {
+        name: {"url": f"/requests/{id}/files/{name}", "media_type": one.media_type, "bytes": one.size_bytes}
+        for name, one in files.items()
+    }
+
+
+def serialize_steps(run: PipelineRun) -> dict[str, Any]:
+    """Build the answers of a pipeline's steps, as far as they are: step -> one, or a list with one for each item.
+
+    The place of an answer in its list is that of the item in the list that the step runs for.
+    """
+    shown: dict[str, Any] = {}
+    for step in run.pipeline.steps:
+        places = [position for name, position in (*run.children, *run.outcomes) if name == step.name]
+        entries = [_serialize_step(run, step.name, position) for position in range(max(places, default=-1) + 1)]
+        shown[step.name] = entries if step.for_each is not None else (entries or [{"status": "waiting"}])[0]
+    return shown
+
+
+def _serialize_step(run: PipelineRun, name: str, position: int) -> dict[str, Any]:
+    outcome, child = run.outcomes.get((name, position)), run.children.get((name, position))
+    if outcome is not None:
+        return fields(outcome, "status code reason")
+    if child is None:
+        return {"status": "waiting"}
+    shown: dict[str, Any] = {"status": child.status, "req_id": child.id, "model": child.model}
+    if child.state is RequestState.DONE:
+        is_known = child.service in REGISTRY
+        shown["preds"] = load_service(child.service).view(child.output, child.params) if is_known else child.output
+        if child.files:
+            shown["files"] = _serialize_files(child.id, child.files)
+    elif child.reason is not None:
+        shown |= fields(child, "code reason")
+    return shown
+
+
 def unknown_below(models: Path, request: RequestRecord) -> float:
     """Return the threshold of the model that gave an answer; 0 without one, or if it is not installed any more."""
     if request.state is not RequestState.DONE or request.service != "classification" or not request.output:
@@ -103,6 +137,8 @@ def unknown_below(models: Path, request: RequestRecord) -> float:
 
 def input_kind(request: RequestRecord | BatchRecord) -> str | None:
     """Return the kind of the first input of a request, or of those of a batch; None if its service is not installed."""
+    if isinstance(request, RequestRecord) and request.run is not None:
+        return next(iter(request.run.pipeline.inputs().values())).kind
     return _input_kind(request.service) if request.service in REGISTRY else None
 
 

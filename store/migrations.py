@@ -991,6 +991,49 @@ def m022_progress(db: sqlite_utils.Database) -> None:
     )
 
 
+def m023_pipelines(db: sqlite_utils.Database) -> None:
+    """Requests to pipelines and their steps, see `pipelines/runs.py`. A step is not purged by its own age."""
+    for statement in (
+        "ALTER TABLE requests ADD COLUMN parent TEXT",
+        "ALTER TABLE requests ADD COLUMN step TEXT",
+        "ALTER TABLE requests ADD COLUMN position INTEGER",
+        "CREATE UNIQUE INDEX requests_parent ON requests (parent, step, position) WHERE parent IS NOT NULL",
+        "DROP INDEX requests_purgeable",
+        "CREATE INDEX requests_purgeable ON requests (finished_at) "
+        "WHERE finished_at IS NOT NULL AND collections = 0 AND parent IS NULL",
+        """
+        CREATE TABLE pipeline_definitions (
+            digest TEXT PRIMARY KEY CHECK (length(digest) = 64),
+            definition TEXT NOT NULL
+        ) WITHOUT ROWID
+        """,
+        """
+        CREATE TABLE pipeline_runs (
+            id TEXT PRIMARY KEY,
+            number INTEGER NOT NULL,
+            definition TEXT NOT NULL REFERENCES pipeline_definitions (digest),
+            changed INTEGER NOT NULL,
+            advanced INTEGER NOT NULL,
+            is_retried INTEGER NOT NULL DEFAULT 0 CHECK (is_retried IN (0, 1)),
+            removed INTEGER NOT NULL DEFAULT 0 CHECK (removed IN (0, 1, 2))
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX pipeline_runs_ready ON pipeline_runs (number) WHERE changed != advanced",
+        """
+        CREATE TABLE pipeline_outcomes (
+            parent TEXT NOT NULL REFERENCES pipeline_runs (id) ON DELETE CASCADE,
+            step TEXT NOT NULL,
+            position INTEGER NOT NULL,
+            status TEXT NOT NULL CHECK (status IN ('skipped', 'failed')),
+            code TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            PRIMARY KEY (parent, step, position)
+        ) WITHOUT ROWID
+        """,
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -1014,6 +1057,7 @@ STEPS: tuple[Step, ...] = (
     m020_trainings,
     m021_redo,
     m022_progress,
+    m023_pipelines,
 )
 
 

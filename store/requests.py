@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
+from provider_image.errors import MlgError
 from store.amounts import equal_share
 from store.clients.keys import count_images
 from store.collections.members import NewMember, add_members, remove_members_of
@@ -25,8 +26,10 @@ from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
 from store.files import NewFile, StoredFile, digests_of_files, files_from_text, files_to_text
 from store.images import ImageStore, StagedImage
+from store.pipelines.definition import PIPELINE
+from store.pipelines.runs import CHILDREN, REMOVE_OTHERS, PipelineRun, add_runs, build_runs, note_removals
 from store.processes.progress import ProgressRecord, read_progress
-from store.rows import from_row, insert_sql, to_row, to_text
+from store.rows import from_row, from_text, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
 from store.transition import transition
 
@@ -44,9 +47,11 @@ MAX_ATTEMPTS = 3
 HIDDEN_BATCHES = "SELECT id FROM batches WHERE arrival > 0 AND arrival != 2"
 IS_VISIBLE = f"coalesce(batch_id, '') NOT IN ({HIDDEN_BATCHES})"
 
-# Of a visible batch the earlier answers are given before the rest is claimed.
-_IS_CLAIMABLE = """
-    state = 'queued' AND model = :model AND due_at <= :now AND coalesce(batch_id, '') NOT IN (
+# Of a visible batch the earlier answers are given before the rest is claimed. A request to a pipeline is never claimed,
+# also if a model of the same name is installed later.
+_IS_CLAIMABLE = f"""
+    state = 'queued' AND model = :model AND due_at <= :now AND service != '{PIPELINE}'
+    AND coalesce(batch_id, '') NOT IN (
         SELECT id FROM batches WHERE arrival > 0 AND (arrival != 2 OR arrival_ends_at > :now))
 """
 
@@ -91,9 +96,9 @@ _QUEUED_MODELS = """
 """
 
 # INDEXED BY: without statistics SQLite may choose another index that begins with the model, and then reads every
-# answered request of the model too.
+# answered request of the model too. A step of a pipeline is due by the age of the pipeline's request.
 _OLDEST_DUE = f"""
-    SELECT created_at FROM requests WHERE number = (
+    SELECT min(created_at, due_at) FROM requests WHERE number = (
         SELECT number FROM requests INDEXED BY requests_queued WHERE {_IS_CLAIMABLE} ORDER BY number LIMIT 1)
 """
 
@@ -197,6 +202,19 @@ _REPLACEABLE = f"""
       AND id NOT IN ({_REPLACED_BY_MODEL})
 """
 
+_RUN = "SELECT changed, removed FROM pipeline_runs WHERE id = ?"
+
+_SOME_CHILDREN = """
+    number IN (SELECT number FROM requests INDEXED BY requests_parent
+               WHERE parent = :parent AND {which} LIMIT :rows_per_commit)
+"""
+
+_DELETE_RUN = """
+    DELETE FROM pipeline_runs WHERE id = :parent AND NOT EXISTS (SELECT 1 FROM requests WHERE parent = :parent)
+"""
+
+_SET_SETTLED = "UPDATE pipeline_runs SET advanced = :changed WHERE id = :parent"
+
 _COST_OF_CHUNK = "SELECT cost, answers, is_cost_final FROM chunks WHERE id = ?"
 
 
@@ -247,6 +265,11 @@ class RequestFacts(SubmissionFacts):
     client_id: str | None = None
     #: Id of the request that it does again with another model. That one may have been deleted since.
     replaces: str | None = None
+    #: Of a step of a pipeline: id of the request to the pipeline, name of the step, and the place of its item in the
+    #: list, 0 without a list.
+    parent: str | None = None
+    step: str | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +287,8 @@ class NewRequest(RequestFacts):
     webhook: str | None = None
     #: Number of the collection whose member its image becomes.
     collection: int | None = None
+    #: Of a request to a pipeline: the pipeline as text, see `Pipeline.to_text`.
+    pipeline: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +352,8 @@ class RequestRecord(RequestFacts):
     replaced_by: Replacement | None = None
     #: What its worker reported last; None if it is not claimed, or nothing was reported.
     progress: ProgressRecord | None = None
+    #: Of a request to a pipeline: its steps as far as they are.
+    run: PipelineRun | None = None
 
     @property
     def status(self) -> str:
@@ -418,6 +445,14 @@ def _take_turns(claimable: Mapping[str, int], limit: int) -> list[str]:
     return turns
 
 
+def _refusal(error_type: type[MlgError], rows: Sequence[Any]) -> MlgError:
+    """Build the error for a change that a request does not allow. :param rows: of the request, if there is one."""
+    if not rows:
+        return UnknownRequest()
+    parent = rows[0]["parent"]
+    return error_type() if parent is None else error_type(f"It is a step of the request {parent}. Change that one.")
+
+
 def _to_json(claims: Iterable[Claim]) -> str:
     return json.dumps([(claim.number, claim.token) for claim in claims])
 
@@ -428,7 +463,10 @@ def _to_record(row: Any, **others: Any) -> RequestRecord:
 
 
 def read_requests(connection: sqlite3.Connection, rows: Sequence[Any]) -> list[RequestRecord]:
-    """Build request records, each with its share of its chunk's cost, what has answered it again, and its progress."""
+    """Build request records, each with its share of its chunk's cost, what has answered it again, and its progress.
+
+    A request to a pipeline has its steps, and costs what they cost.
+    """
     chunks: dict[str, Any] = {}
     requests = []
     found = connection.execute(_REPLACEMENTS, (json.dumps([row["id"] for row in rows]),)).fetchall()
@@ -438,18 +476,32 @@ def read_requests(connection: sqlite3.Connection, rows: Sequence[Any]) -> list[R
         for one in sorted(found, key=lambda one: int(one["number"]))
     }
     progress = read_progress(connection, [row["number"] for row in rows if row["state"] == RequestState.CLAIMED])
+    runs = _read_runs(connection, [row["id"] for row in rows if row["service"] == PIPELINE])
     for row in rows:
         share, chunk_id = row["share"], row["chunk_id"]
         others = {"replaced_by": replacements.get(row["id"]), "progress": progress.get(row["number"])}
         if share is not None and chunk_id not in chunks:
             chunks[chunk_id] = connection.execute(_COST_OF_CHUNK, (chunk_id,)).fetchone()
         cost, answers, is_final = chunks.get(chunk_id) or (None, 0, 0)
-        if share is None or cost is None:
+        if row["id"] in runs:
+            run = runs[row["id"]]
+            costs = [(one.cost, one.is_cost_final) for one in run.children.values() if one.cost is not None]
+            own_cost = sum((paid for paid, _ in costs), Decimal()) if costs else None
+            is_final = bool(costs) and all(is_final for _, is_final in costs)
+            requests.append(_to_record(row, run=run, cost=own_cost, is_cost_final=is_final, **others))
+        elif share is None or cost is None:
             requests.append(_to_record(row, **others))
         else:
             own_cost = equal_share(Decimal(cost), answers, share)
             requests.append(_to_record(row, cost=own_cost, is_cost_final=bool(is_final), **others))
     return requests
+
+
+def _read_runs(connection: sqlite3.Connection, parents: Sequence[str]) -> dict[str, PipelineRun]:
+    if not parents:
+        return {}
+    children = read_requests(connection, connection.execute(CHILDREN, (json.dumps(parents),)).fetchall())
+    return build_runs(connection, parents, children)
 
 
 def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
@@ -458,12 +510,13 @@ def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
         name: StoredFile(sha256=one.sha256, size_bytes=one.size, media_type=one.media_type)
         for name, one in staged.others.items()
     }
-    return _request_row(
+    return request_row_of(
         new, {"image_sha256": staged.sha256, "image_bytes": staged.size, "inputs": files_to_text(inputs)}
     )
 
 
-def _request_row(new: NewRequest, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def request_row_of(new: NewRequest, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a request whose inputs are stored. :param inputs: their columns."""
     row = to_row(
         new,
         params=json.dumps(dict(new.params), sort_keys=True, separators=(",", ":")),
@@ -472,7 +525,7 @@ def _request_row(new: NewRequest, inputs: Mapping[str, Any]) -> dict[str, Any]:
         state=str(RequestState.QUEUED),
         digest=None,  # of the answer
     )
-    del row["shares_answers"], row["collection"]  # not stored here
+    del row["shares_answers"], row["collection"], row["pipeline"]  # not stored here
     return {**row, "due_at": row["created_at"]}
 
 
@@ -492,7 +545,7 @@ def replacing_items(transaction: Transaction, new: Sequence[NewRequest]) -> list
         if one.replaces in found:
             _, *inputs = found[one.replaces]
             columns = dict(zip(("image_sha256", "image_bytes", "inputs"), inputs, strict=True))
-            items.append((one, None, _request_row(one, columns)))
+            items.append((one, None, request_row_of(one, columns)))
     return items
 
 
@@ -518,6 +571,8 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> built
             members.append(NewMember(new.collection, number, row["image_sha256"], new.labels))
     transaction.execute_many(_ADD_LABELS, labels)
     add_members(transaction, members)
+    pipelines = zip((new for new, _, _ in items), numbers, strict=True)
+    add_runs(transaction, ((new.id, number, new.pipeline) for new, number in pipelines if new.pipeline is not None))
     _refer_to_files(transaction, files, is_input=True)
     # Nobody else writes meanwhile, so the numbers have no gaps.
     return [_to_record(row) for row in transaction.execute(_ADDED, (numbers[0], numbers[-1]))]
@@ -556,17 +611,19 @@ def _refer_to_files(transaction: Transaction, files: Mapping[int, Mapping[str, S
     transaction.execute_many(_ADD_FILE, rows)
 
 
-def delete_requests(transaction: Transaction, which: str, values: Any) -> int:
+def delete_requests(transaction: Transaction, which: str, values: Any, *, keeps_members: bool = False) -> int:
     """Delete requests, their labels and vectors, what webhooks say of them, and later files that no other needs.
 
     :param which: SQL condition; must exclude requests that have not ended, except those of a hidden batch.
+    :param keeps_members: the steps of a pipeline that have given a collection a vector stay, as requests of their own.
     :return: how many.
     """
-    sql = f"DELETE FROM requests WHERE {which} RETURNING id, number, labels, image_sha256, inputs, files"
+    sql = f"DELETE FROM requests WHERE {which} RETURNING id, number, service, labels, image_sha256, inputs, files"
     deleted = transaction.execute(sql, values).fetchall()
     labels = [(row["number"], row["labels"]) for row in deleted if row["labels"] != "{}"]
     transaction.execute_many(_REMOVE_LABELS, labels)
     remove_members_of(transaction, [row["number"] for row in deleted])
+    note_removals(transaction, deleted, keeps_members=keeps_members)
     for statement in FORGET:
         transaction.execute_many(statement, [(row["id"],) for row in deleted])
     transaction.delete_files(set().union(*map(digests_of_files, deleted)))
@@ -813,7 +870,11 @@ class Requests:
         :raises UnknownRequest:
         :raises NotCancellable:
         """
-        return self._change_one(id, RequestState.CANCELLED, "id = :id", now=now, error_type=NotCancellable)
+        cancelled = self._change_one(id, RequestState.CANCELLED, "id = :id", now=now, error_type=NotCancellable)
+        if cancelled.service != PIPELINE:
+            return cancelled
+        self.settle_children(id, now=now)
+        return self.get(id)
 
     def retry(self, id: str, *, now: datetime) -> RequestRecord:
         """Queue a failed or cancelled request again, its attempts reset.
@@ -821,7 +882,7 @@ class Requests:
         :raises UnknownRequest:
         :raises NotRetryable:
         """
-        where = "id = :id AND state IN ('failed', 'cancelled') AND image_deleted_at IS NULL"
+        where = "id = :id AND state IN ('failed', 'cancelled') AND image_deleted_at IS NULL AND parent IS NULL"
         return self._change_one(id, RequestState.QUEUED, where, _RESET_ONE, now=now, error_type=NotRetryable)
 
     def _change_one(
@@ -839,22 +900,82 @@ class Requests:
             rows = transaction.execute(_GET, (id,)).fetchall()
             if changed:
                 return _to_record(rows[0])
-            raise error_type() if rows else UnknownRequest()
+            raise _refusal(error_type, rows)
 
-        return self._database.write(write)
+        changed = self._database.write(write)
+        return self.get(id) if changed.service == PIPELINE else changed
 
     def remove(self, id: str) -> None:
         """Delete a request that has ended, and those of its files that no other request needs.
+
+        The steps of a pipeline go with the request to it; one that a worker has yet goes when it has ended.
 
         :raises UnknownRequest:
         :raises NotRemovable:
         """
 
-        def write(transaction: Transaction) -> None:
-            if not delete_requests(transaction, "id = :id AND finished_at IS NOT NULL", {"id": id}):
-                raise UnknownRequest() if transaction.execute(_GET, (id,)).fetchone() is None else NotRemovable()
+        def write(transaction: Transaction) -> Any:
+            row = transaction.execute(_GET, (id,)).fetchone()
+            which = "id = :id AND finished_at IS NOT NULL AND parent IS NULL"
+            if not delete_requests(transaction, which, {"id": id}):
+                raise _refusal(NotRemovable, [] if row is None else [row])
+            return row
 
-        self._database.write(write)
+        removed = self._database.write(write)
+        if removed["service"] == PIPELINE:
+            self.settle_children(id, now=from_text(removed["finished_at"]))
+
+    def settle_children(self, parent: str, *, now: datetime) -> None:
+        """Cancel the queued steps of a request to a pipeline that has ended; delete those of one that was deleted.
+
+        What a worker has yet ends first: that makes the run ready, and the batcher calls this again.
+        """
+        run = self._database.row(_RUN, (parent,))
+        if run is None:
+            return
+
+        def cancel(transaction: Transaction, rows: int) -> int:
+            which = _SOME_CHILDREN.format(which="state = 'queued'")
+            values = [{"parent": parent, "rows_per_commit": rows}]
+            return len(transition(transaction, RequestState.CANCELLED, which, values, now=now))
+
+        def release(transaction: Transaction, rows: int) -> int:
+            which = _SOME_CHILDREN.format(which="collections > 0 AND finished_at IS NOT NULL")
+            values = {"parent": parent, "rows_per_commit": rows}
+            return transaction.execute(
+                f"UPDATE requests SET parent = NULL, step = NULL, position = NULL WHERE {which}", values
+            ).rowcount
+
+        def delete(transaction: Transaction, rows: int) -> int:
+            which = _SOME_CHILDREN.format(which="finished_at IS NOT NULL")
+            return delete_requests(transaction, which, {"parent": parent, "rows_per_commit": rows})
+
+        steps = [cancel]
+        if run["removed"]:
+            steps += [release, delete] if run["removed"] == REMOVE_OTHERS else [delete]
+        for step in steps:
+            self._database.write_in_steps(step, rows_per_commit=ROWS_PER_COMMIT)
+
+        def end(transaction: Transaction) -> None:
+            if not run["removed"] or not transaction.execute(_DELETE_RUN, {"parent": parent}).rowcount:
+                transaction.execute(_SET_SETTLED, {"parent": parent, "changed": run["changed"]})
+
+        self._database.write(end)
+
+    def retry_children(self, parent: str, *, now: datetime) -> None:
+        """Queue the steps of a request to a pipeline again that did not succeed; those without a request are open."""
+
+        def write(transaction: Transaction, rows: int) -> int:
+            which = _SOME_CHILDREN.format(which="state IN ('failed', 'cancelled') AND image_deleted_at IS NULL")
+            values = [{"parent": parent, "rows_per_commit": rows}]
+            return len(transition(transaction, RequestState.QUEUED, which, values, columns=_RESET_ONE, now=now))
+
+        def end(transaction: Transaction) -> None:
+            transaction.execute("DELETE FROM pipeline_outcomes WHERE parent = ?", (parent,))
+            transaction.execute("UPDATE pipeline_runs SET is_retried = 0 WHERE id = ?", (parent,))
+
+        self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        self._database.write(end)
 
     def expire(self, now: datetime) -> int:
         """Cancel every queued request whose deadline has passed; claimed ones are finished. :return: how many."""

@@ -35,7 +35,8 @@ KEEP_DELIVERIES = timedelta(days=7)
 # Some requests of each kind, as conditions.
 _OLD = """
     number IN (SELECT number FROM requests INDEXED BY requests_purgeable
-               WHERE finished_at < :before AND finished_at IS NOT NULL AND collections = 0 LIMIT :rows_per_commit)
+               WHERE finished_at < :before AND finished_at IS NOT NULL AND collections = 0 AND parent IS NULL
+               LIMIT :rows_per_commit)
 """
 
 # Requests with a retention time of their own, which is shorter than the operator's.
@@ -113,7 +114,8 @@ class Retention:
         """
         self._batches.finish_interrupted(now=now)
         self._collections.finish_removals(is_stopping=self._is_stopping.is_set)
-        results = self._purge_requests(_OLD, results_before) + self._purge_requests(_OLD_FOR_OWNER, now)
+        results = self._purge_requests(_OLD, results_before, keeps_members=True)
+        results += self._purge_requests(_OLD_FOR_OWNER, now)
         images = self._purge_images(images_before, now)
         self._purge_batches(results_before, now)
         self._changes.purge(before=now - KEEP_CHANGES)
@@ -125,10 +127,10 @@ class Retention:
             self._collections.update_caches()
         return PurgeReport(images=images, results=results, leftovers=leftovers)
 
-    def _purge_requests(self, which: str, before: datetime) -> int:
+    def _purge_requests(self, which: str, before: datetime, *, keeps_members: bool = False) -> int:
         return self._in_steps(
             lambda transaction, rows: delete_requests(
-                transaction, which, {"before": to_text(before), "rows_per_commit": rows}
+                transaction, which, {"before": to_text(before), "rows_per_commit": rows}, keeps_members=keeps_members
             )
         )
 

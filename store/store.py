@@ -27,6 +27,7 @@ from store.database import Database, connect, database_error
 from store.errors import StoreUnavailable
 from store.images import ImageStore, as_store_error
 from store.migrations import migrate
+from store.pipelines.pipelines import Pipelines
 from store.processes.batchers import Batchers
 from store.processes.controls import Controls
 from store.processes.lease_clock import LeaseClock
@@ -56,6 +57,7 @@ class Store:
         self.requests = Requests(self.database, self.images)
         self.lease_clock = LeaseClock(self.database)
         self.batches = Batches(self.database, self.images)
+        self.pipelines = Pipelines(self.database, self.requests)
         self.search = Search(self.database)
         self.chunks = Chunks(self.database)
         self.batchers = Batchers(self.database)

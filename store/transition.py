@@ -8,6 +8,7 @@ are committed together or not at all:
 - the progress of batches (`batches.ended`, `requests.ended_number`), for each request of a batch that ended;
 - the members of collections, for each request that was answered (`collections/members.py`);
 - no progress any more (`processes/progress.py`), for each request that is not claimed any more;
+- the runs of pipelines (`pipelines/runs.py`), for each step that ended, whose request's answer grows by it;
 - the webhook queue (`webhook_deliveries`), for each request that ended, and for each batch whose last request ended.
 
 Each of these is written for all changed requests together, because one call may change ten thousand.
@@ -24,6 +25,7 @@ from typing import Any
 from store.clients.webhooks import host_of
 from store.collections.members import complete_members, label_members
 from store.database import Transaction
+from store.pipelines.runs import note_changes
 from store.processes.progress import forget_progress
 from store.rows import from_text, to_text
 from store.states import EXPIRED, RequestState
@@ -36,7 +38,7 @@ _FROM = {
     RequestState.QUEUED: "state IN ('claimed', 'failed', 'cancelled')",
     RequestState.CLAIMED: "state = 'queued'",
     RequestState.DONE: "state IN ('queued', 'claimed')",
-    RequestState.FAILED: "state = 'claimed'",
+    RequestState.FAILED: "state IN ('queued', 'claimed')",
     RequestState.CANCELLED: "state = 'queued'",
 }
 
@@ -50,8 +52,8 @@ _TIMES = {
 }
 
 #: What follows from these columns; a claim has some more.
-_COLUMNS = "number, id, model, created_at, finished_at, code, is_cached, batch_id, key_id, webhook"
-_COLUMNS_OF_CLAIM = f"{_COLUMNS}, token, service, params, image_sha256, image_bytes, inputs, attempts, isolation"
+_COLUMNS = "number, id, service, model, created_at, finished_at, code, is_cached, batch_id, key_id, webhook, parent"
+_COLUMNS_OF_CLAIM = f"{_COLUMNS}, token, params, image_sha256, image_bytes, inputs, attempts, isolation"
 
 _ADD_CHANGE = "INSERT INTO changes (number, batch_id, state, at) VALUES (?, ?, ?, ?)"
 
@@ -110,6 +112,7 @@ def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequ
     if not changed:
         return
     at = to_text(now)
+    note_changes(transaction, to, changed, at)
     transaction.execute_many(_ADD_CHANGE, [(row["number"], row["batch_id"], str(to), at) for row in changed])
     if to is not RequestState.CLAIMED:
         forget_progress(transaction, changed)
@@ -119,7 +122,9 @@ def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequ
     if to.is_final:
         _add_to_totals(transaction, to, changed)
         ended_batches = _number_ends(transaction, changed)
-        events = [("request.done", row["id"], str(to), row["key_id"], row["webhook"]) for row in changed]
+        # A step of a pipeline is a part of another request's answer.
+        whole = [row for row in changed if row["parent"] is None]
+        events = [("request.done", row["id"], str(to), row["key_id"], row["webhook"]) for row in whole]
         _queue_webhooks(transaction, [*events, *map(_batch_done, ended_batches)], at)
 
 

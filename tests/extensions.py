@@ -45,7 +45,7 @@ def install_extension_models(models: Path) -> Path:
     """Install the models; return the folder."""
     row = json_row(ROWS["setosa"])
     output = {"species": "setosa", "probability": 1.0}
-    _install(
+    install_affine(
         models,
         ModelFacts(
             name="iris_means",
@@ -63,7 +63,7 @@ def install_extension_models(models: Path) -> Path:
         labels=tuple((name, name) for name in ROWS),
         write_samples=lambda folder: [_sample(folder, "sample.json", row, output)],
     )
-    _install(
+    install_affine(
         models,
         ModelFacts(
             name="sepia", title="Sepia", service="posterise", height=64, width=96, preprocessing="none", source="own"
@@ -71,7 +71,7 @@ def install_extension_models(models: Path) -> Path:
         matrix=_SEPIA.T,
         bias=np.zeros(3),
     )
-    _install(
+    install_affine(
         models,
         ModelFacts(
             name="blend_even", title="Blend", service="blend", height=64, width=96, preprocessing="none", source="own"
@@ -99,7 +99,7 @@ def sample_inputs(service: Service, photos: Mapping[str, bytes]) -> dict[str, by
     }
 
 
-def _install(
+def install_affine(
     models: Path,
     row: ModelFacts,
     *,

@@ -48,7 +48,7 @@ LEVELS = {
         "image_build",
         "executors settings",
         "resizing",
-        "packing progress results result_writer trainings",
+        "packing pipelines progress results result_writer trainings",
         "cycle",
         "scheduler",
     ),

@@ -35,7 +35,8 @@ _REQUEST = """
     VALUES (?, 'classification', ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _ENDED = """
-    SELECT number, id, model, created_at, finished_at, code, is_cached, batch_id, key_id, webhook FROM requests
+    SELECT number, id, service, model, created_at, finished_at, code, is_cached, batch_id, key_id, webhook, parent
+    FROM requests
     WHERE state = ? AND number BETWEEN ? AND ?
 """
 _CHUNK = """

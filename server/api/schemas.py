@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from provider_image.services import REGISTRY, load_service
+from store.pipelines.definition import PIPELINE
 from store.states import EXPIRED, RequestState
 from store.trainings.records import TrainingKind, TrainingState
 
@@ -129,8 +130,16 @@ _REQUEST = success(
     preds={"anyOf": [{"type": "null"}], "description": "The answer; null while there is none."},
     progress=number("The part that is done, if its worker reports that.", minimum=0, maximum=1),
     preview_url=nullable(string("Path of what the image that will answer it looks like now; null if there is none.")),
+    steps={
+        "type": "object",
+        "additionalProperties": {"type": ["object", "array"]},
+        "description": "Of a pipeline: the answer of each step as far as it is, or a list with one for each item.",
+    },
+    parent=string("Of a step of a pipeline: id of the request to the pipeline."),
+    step=string("Its name."),
+    position=integer("The place of its item in the list that it runs for; 0 without a list."),
     model=_MODEL,
-    service=enum(REGISTRY, "What kind of work it is."),
+    service=enum((*REGISTRY, PIPELINE), "What kind of work it is."),
     name=nullable(string("The client's file name.")),
     created_at=timestamp("When it was created."),
     finished_at=timestamp("When it reached a final status."),
@@ -184,7 +193,7 @@ _BATCH = success(
     status=enum(("queued", "running", "ended"), "Its state."),
     name=nullable(string("The client's name for it.")),
     model=_MODEL,
-    service=enum(REGISTRY, "What kind of work it is."),
+    service=enum((*REGISTRY, PIPELINE), "What kind of work it is."),
     labels=_LABELS,
     created_at=timestamp("When it was created."),
     deadline_at=timestamp("Requests that are still queued then expire."),
@@ -366,6 +375,10 @@ _CATALOGUE_MODEL = object_schema(
 def schemas() -> Mapping[str, Schema]:
     """Build all schemas, by name."""
     outputs = {f"{name.title().replace('_', '')}Output": _output(name) for name in REGISTRY}
+    outputs["PipelineOutput"] = {
+        **map_of("integer", "Of a pipeline: how many requests of its steps have which status."),
+        "examples": [{"done": 6, "skipped": 1}],
+    }
     preds = {**_REQUEST["properties"]["preds"], "anyOf": [{"type": "null"}, *map(ref, outputs)]}
     request = {**_REQUEST, "properties": {**_REQUEST["properties"], "preds": preds}}
     return {
@@ -411,6 +424,25 @@ def schemas() -> Mapping[str, Schema]:
         "Redo": _REDO,
         "Model": _CATALOGUE_MODEL,
         "Models": success(models=list_of(ref("Model"))),
+        "Pipelines": success(
+            pipelines=list_of(
+                object_schema(
+                    name=string("The name in paths."),
+                    title=string("The name for people."),
+                    inputs=map_of("string", "What a request takes: name -> image, row, text or file."),
+                    steps=list_of(
+                        object_schema(
+                            name=string("Its name in answers."),
+                            model=_MODEL,
+                            service=string("The service that runs it."),
+                            for_each=nullable(string("The list for whose items it runs; null if it runs once.")),
+                            when=list_of({"type": "string"}, "The conditions; without them it always runs."),
+                            collection=nullable(string("The collection that its image becomes a member of.")),
+                        )
+                    ),
+                )
+            )
+        ),
         "Index": success(
             name=string("The name of the program."),
             routes=map_of("string", "Summaries."),

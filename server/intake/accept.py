@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from flask import Request
 
@@ -54,6 +54,8 @@ from store.batches import BatchRecord
 from store.collections.collections import CollectionRecord
 from store.errors import QuotaReached
 from store.images import StagedImage
+from store.pipelines.definition import PIPELINE, Pipeline, PipelineService
+from store.pipelines.folder import PipelineFolder
 from store.requests import NewRequest, RequestRecord
 from store.store import Store
 
@@ -76,6 +78,8 @@ class _Submission:
     params: Mapping[str, Any]
     #: What the images must be like, see `quality_gate.py`. They change no answer, so they are not stored.
     limits: Mapping[str, float]
+    #: As text, if the row describes a pipeline.
+    pipeline: str | None = None
 
     def new_request(self, *, created_at: datetime, name: str | None) -> NewRequest:
         return NewRequest(
@@ -90,6 +94,7 @@ class _Submission:
             webhook=self.webhook,
             key_id=self.key_id,
             created_at=created_at,
+            pipeline=self.pipeline,
             **vars(self.options),
         )
 
@@ -150,6 +155,7 @@ class Intake:
         self._settings = settings
         self._store = store
         self._stager = Stager(settings, store.images)
+        self._pipelines = PipelineFolder(settings.home, settings.models)
         self._queue_stats = queue_stats
         self._active_reads = active_reads
         self._work_slots = work_slots
@@ -436,11 +442,37 @@ class Intake:
     # Checks
 
     def _check(self, model: str, fields: Mapping[str, str], options: RequestOptions) -> _Submission:
-        row = find_row(self._settings.models, model)
+        try:
+            row = find_row(self._settings.models, model)
+        except errors.UnknownModel:
+            pipeline = self._pipelines.find(model)
+            if pipeline is None:
+                raise
+            return self._check_pipeline(pipeline, fields, options)
         service = load_service(row.service)
         checked = self._check_fields(service, fields)
         digest, key_id = artefact_digest(self._settings.models, row), current_key_id()
         return _Submission(row=row, service=service, digest=digest, options=options, key_id=key_id, **checked)
+
+    def _check_pipeline(self, pipeline: Pipeline, fields: Mapping[str, str], options: RequestOptions) -> _Submission:
+        """Check a request to a pipeline. :raises NotInstalled: a model of one of its steps is not."""
+        for step in pipeline.steps:
+            artefact_digest(self._settings.models, find_row(self._settings.models, step.model))
+        service = cast("Service", PipelineService(inputs=pipeline.inputs()))
+        row = ModelFacts(
+            name=pipeline.name, title=pipeline.title, service=PIPELINE, height=0, width=0, preprocessing="none"
+        )
+        checked = self._check_fields(service, fields)
+        # Its steps reuse earlier answers, it does not.
+        return _Submission(
+            row=row,
+            service=service,
+            digest=None,
+            options=options,
+            key_id=current_key_id(),
+            pipeline=pipeline.to_text(),
+            **checked,
+        )
 
     def _check_fields(self, service: Service, fields: Mapping[str, str]) -> dict[str, Any]:
         """Check what comes beside an image. :return: fields of a _Submission. :raises InvalidParams:"""

@@ -45,6 +45,7 @@ class HomeViews(Views):
             embeddings=[model for model in ready if model["base"] is not None],
             missing=[model for model in missing if model["base"] is None],
             missing_embeddings=[model["name"] for model in missing if model["base"] is not None],
+            pipelines=self._context.pipelines_of_images(),
             chosen=ready[0]["name"] if ready else "",
             batchers=self._context.queue_stats.batchers(),
             max_bytes=self._context.settings.max_image_bytes,

@@ -22,12 +22,15 @@ from server.pages.render import page, url_with_query
 from server.serializers import serialize_models
 from store.clients.keys import Scope
 from store.errors import ImageGone
+from store.pipelines.runs import PipelineRun
 from store.requests import RequestRecord
 from store.search import Query
 
 CARDS_PER_PAGE = 24
 #: Values of a vector that the page of a request shows.
 SHOWN_VALUES = 8
+#: Labels of a step that the page of a request to a pipeline shows.
+STEP_CLASSES = 3
 #: Reads of the store for one page of a search; each read may find fewer requests than fit on the page.
 MAX_SEARCH_READS = 4
 
@@ -136,12 +139,18 @@ class RequestPageViews(Views):
             files=shown.get("files", {}),
             image_url=shown.get("image_url"),
             preview_url=shown.get("preview_url"),
+            steps=shown.get("steps", {}),
+            step_labels={} if request.run is None else self._top_labels(request.run),
             vector=self._first_values(request),
             waiting_for=shown.get("waiting_for", "Waiting."),
             eta_seconds=shown.get("eta_seconds"),
             timeline=timeline(request, shown),
             raw=json.dumps({"success": True, **shown}, indent=2, ensure_ascii=False),
         )
+
+    def _top_labels(self, run: PipelineRun) -> Mapping[str, Sequence[tuple[str, str, float]]]:
+        """Return the most likely labels of each step, by the id of its request; none for other answers."""
+        return {child.id: top_classes(child, STEP_CLASSES) for child in run.children.values()}
 
     def _first_values(self, request: RequestRecord) -> list[str]:
         """Return the first values of the vector that a request was answered with, as text; none without one."""

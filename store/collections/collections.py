@@ -209,6 +209,11 @@ class MemberRecord:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
+def is_collection_name(text: str) -> bool:
+    """Tell whether a collection may have this name."""
+    return bool(re.fullmatch(NAME_PATTERN, text, re.ASCII)) and not re.fullmatch(_ID_PATTERN, text)
+
+
 class Collections:
     """The collections of a home. :param folder: of the caches, one folder for each."""
 
@@ -222,7 +227,7 @@ class Collections:
         :raises InvalidParams: its name is not one.
         :raises CollectionExists: :raises TooManyCollections:
         """
-        if not re.fullmatch(NAME_PATTERN, new.name, re.ASCII) or re.fullmatch(_ID_PATTERN, new.name):
+        if not is_collection_name(new.name):
             raise InvalidParams(
                 "The name of a collection has 1 to 64 letters, digits, dots, underscores or hyphens, and begins with a "
                 "letter or a digit."

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import subprocess
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from batcher.executors.local import LocalTimings
 from batcher.scheduler import OnceReport
 from provider_image.errors import BrokenArtefact
 from scripts.benchmarks import processes
+from store import new_id
+from store.pipelines.definition import PIPELINE, parse_pipeline
+from store.requests import NewRequest, RequestRecord
 from store.states import RequestState
 from store.store import Store
 from tests.batcher.conftest import now
@@ -76,6 +79,60 @@ def test_the_reason_for_an_unavailable_model_is_in_the_heartbeat_and_in_the_repo
 
     assert record.notices == {"efficientnet_lite0": "The budget of the day is used up."}
     assert report.left == {"efficientnet_lite0": (1, "The budget of the day is used up.")}
+
+
+TWICE = """
+    [steps.first]
+    model = "efficientnet_lite0"
+    [steps.second]
+    model = "efficientnet_lite0"
+    when = "first.score > 0"
+"""
+
+
+def send_to_pipeline(harness: Any, image: bytes) -> RequestRecord:
+    pipeline = parse_pipeline("twice", TWICE, harness.models)
+    new = NewRequest(
+        id=new_id(), service=PIPELINE, model="twice", created_at=datetime.now(UTC), pipeline=pipeline.to_text()
+    )
+    return harness.store.requests.add(new, harness.store.images.stage(image))  # type: ignore[no-any-return]
+
+
+def test_a_single_run_does_all_steps_of_a_pipeline(harness: Any, batcher: Any) -> None:
+    parents = [send_to_pipeline(harness, image) for image in (b"image", b"broken")]
+
+    report = run_once(batcher)
+
+    good, bad = harness.reload(*parents)
+    assert (good.state, good.output) == (RequestState.DONE, {"done": 2})
+    assert (bad.state, bad.code) == (RequestState.FAILED, "broken_image")
+    assert report.left == {}
+
+
+def test_a_step_whose_model_is_not_processed_is_left_by_a_single_run_with_the_reason(
+    harness: Any, batcher: Any
+) -> None:
+    parent = send_to_pipeline(harness, b"image")
+    harness.executor.unavailable_reasons = {"efficientnet_lite0": "The budget is used up."}
+
+    report = run_once(batcher)
+
+    assert report.left == {"efficientnet_lite0": (1, "The budget is used up.")}
+    assert harness.reload(parent)[0].state is RequestState.QUEUED
+
+
+def test_the_timer_does_all_steps_of_a_pipeline(harness: Any, batcher: Any) -> None:
+    async def main() -> RequestRecord:
+        stop = asyncio.Event()
+        run = asyncio.create_task(batcher(max_wait_seconds=0, poll_seconds=0.02).run(stop))
+        parent = send_to_pipeline(harness, b"image")
+        await harness.until(lambda: harness.reload(parent)[0].state.is_final)
+        stop.set()
+        await run
+        found: RequestRecord = harness.reload(parent)[0]
+        return found
+
+    assert asyncio.run(asyncio.wait_for(main(), 300)).output == {"done": 2}
 
 
 def test_requests_are_processed_when_they_have_waited_long_enough(

@@ -22,7 +22,11 @@ from store.clients.keys import KeyRecord, Scope
 from store.clients.webhooks import EndpointRecord
 from store.database import STEP_SECONDS, Transaction, _next_rows
 from store.errors import QuotaReached, StoreBusy, StoreError
+from store.files import StoredFile
 from store.images import ImageStore
+from store.pipelines.definition import Pipeline, PipelineStep
+from store.pipelines.pipelines import Advance, Failure, NewChild
+from store.pipelines.runs import StepOutcome
 from store.processes.process_lock import is_held
 from store.requests import ROWS_PER_COMMIT, Answer, Blame, Claim, NewRequest
 from store.search import Query
@@ -147,6 +151,63 @@ def purge(store: Store, *, images: float, results: float, at: float) -> object:
     return store.retention.purge(images_before=after(images), results_before=after(results), now=after(at))
 
 
+STEP = PipelineStep(name="a", model=MODEL, service="classification", inputs={"image": "request.image"})
+
+
+def add_run(store: Store, id: str = "p1") -> None:
+    new = NewRequest(
+        id=id,
+        service="pipeline",
+        model="p",
+        created_at=NOW,
+        pipeline=Pipeline(name="p", title="P", steps=(STEP,)).to_text(),
+    )
+    store.requests.add(new, store.images.stage(id.encode()))
+
+
+def advance(store: Store, id: str, **facts: Any) -> None:
+    parent = store.requests.get(id)
+    assert parent.run is not None
+    store.pipelines.advance([Advance(parent=parent, run=parent.run, **facts)], now=NOW)
+
+
+def add_steps(store: Store, count: int, id: str = "p1") -> None:
+    parent = store.requests.get(id)
+    image = StoredFile(sha256=parent.image_sha256, size_bytes=parent.image_bytes, media_type="")
+    facts: dict[str, Any] = {
+        "service": STEP.service,
+        "model": MODEL,
+        "created_at": NOW,
+        "parent": id,
+        "step": "a",
+    }
+    new = [NewRequest(id=f"{id}-{number}", position=number, **facts) for number in range(count)]
+    advance(store, id, new=[NewChild(new=one, inputs={"image": image}) for one in new])
+
+
+def end_run(store: Store, id: str = "p1") -> None:
+    outcome = StepOutcome(step="b", position=0, status="skipped", code="c", reason="r")
+    advance(store, id, outcomes=[outcome], is_finished=True)
+
+
+def prepare_steps(store: Store) -> None:
+    add_run(store)
+    add_steps(store, MANY)
+
+
+def prepare_run(store: Store) -> None:
+    prepare_steps(store)
+    answer_all(store)
+    end_run(store)
+
+
+def prepare_failed_run(store: Store) -> None:
+    prepare_steps(store)
+    fail_all(store)
+    advance(store, "p1", is_finished=True, failure=Failure(code="c", reason="r"))
+    store.requests.retry("p1", now=NOW)
+
+
 #: What changes many rows -> what is done before, and what is done.
 WORK: dict[str, tuple[Callable[[Store], object], Callable[[Store], object]]] = {
     "add a batch": (add_endpoint, lambda store: add_batch(store, MANY, labels=LABELS, refused=MANY)),
@@ -157,6 +218,13 @@ WORK: dict[str, tuple[Callable[[Store], object], Callable[[Store], object]]] = {
     "cancel a batch": (lambda store: add_batch(store, MANY), lambda store: store.batches.cancel("b", now=NOW)),
     "retry a batch": (prepare_failed, lambda store: store.batches.retry("b", now=NOW)),
     "delete a batch": (prepare_answered, lambda store: store.batches.remove("b")),
+    "add the steps of a pipeline": (add_run, lambda store: add_steps(store, MANY)),
+    "cancel the steps of a pipeline": (prepare_steps, lambda store: store.requests.cancel("p1", now=NOW)),
+    "retry the steps of a pipeline": (
+        prepare_failed_run,
+        lambda store: store.requests.retry_children("p1", now=NOW),
+    ),
+    "delete the steps of a pipeline": (prepare_run, lambda store: store.requests.remove("p1")),
     "release": (prepare_claimed, lambda store: store.requests.release_expired(after(60))),
     "expire": (
         lambda store: add_batch(store, MANY, deadline_at=after(1)),
@@ -343,6 +411,22 @@ def record_statements(store: Store, monkeypatch: pytest.MonkeyPatch) -> dict[str
     return seen
 
 
+def run_pipelines(store: Store) -> None:
+    """Send two requests to a pipeline; one is answered and deleted, one cancelled and retried."""
+    for id in ("p1", "p2"):
+        add_run(store, id)
+        add_steps(store, 1, id)
+    store.pipelines.list_ready(now=NOW, limit=9)
+    store.pipelines.waiting_models(99)
+    store.requests.cancel("p2", now=NOW)
+    store.requests.settle_children("p2", now=NOW)
+    store.requests.retry("p2", now=NOW)
+    store.requests.retry_children("p2", now=NOW)
+    answer_all(store)
+    end_run(store)
+    store.requests.remove("p1")
+
+
 #: Lists, claims and what else is done with the lock held or for each page.
 READS: dict[str, Callable[[Store], object]] = {
     "claim": lambda store: claim(store),
@@ -393,13 +477,25 @@ READS: dict[str, Callable[[Store], object]] = {
     "purge": lambda store: purge(store, images=999, results=999, at=999),
     "purge deliveries": lambda store: store.webhooks.purge(before=after(999)),
     "interrupted batches": lambda store: store.batches.finish_interrupted(now=after(999)),
+    "pipelines": lambda store: run_pipelines(store),
     "endpoints": lambda store: (
         store.webhooks.disable_endpoint("we_1", reason="x", now=NOW),
         store.webhooks.remove_endpoint("we_1"),
     ),
 }
 #: Tables with few rows, and rows that other parts of a statement have found.
-WALKED = ("json_each", "CONSTANT ROW", "endpoints", "found", "queued", "backlog", "counted", "sqlite_seq", "(subquery")
+WALKED = (
+    "json_each",
+    "pipeline_runs_ready",
+    "CONSTANT ROW",
+    "endpoints",
+    "found",
+    "queued",
+    "backlog",
+    "counted",
+    "sqlite_seq",
+    "(subquery",
+)
 #: These walk down a table from its end, or walk over it without the lock.
 UNFILTERED = ("list requests", "list batches", "list deliveries", "search", "lists of operators", "feed", "purge")
 
@@ -430,7 +526,15 @@ def test_every_list_and_claim_uses_an_index(
         scans = [line for line in plan if line.startswith("SCAN") and not any(word in line for word in WALKED)]
         if name not in UNFILTERED:
             assert scans == [], (sql, plan)
-        if name not in ("feed", "lists of operators", "purge", "read a batch", "fail and release", "finish"):
+        if name not in (
+            "feed",
+            "lists of operators",
+            "purge",
+            "read a batch",
+            "fail and release",
+            "finish",
+            "pipelines",
+        ):
             sorts = [line for line in plan if "TEMP B-TREE" in line and "GROUP BY" not in line]
             assert sorts == [], (sql, plan)
 

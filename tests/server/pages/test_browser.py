@@ -401,6 +401,7 @@ def test_every_page_is_accessible_and_fits_the_screen(
             ("collection-duplicates", f"{collection}/duplicates"),
             ("collection-groups", f"{collection}/groups?count=3"),
             ("collection-group", f"{collection}/groups?count=3&group=1"),
+            ("pipelines", "/ui/pipelines"),
             ("operator", "/ui/operator"),
             ("api", "/ui/api"),
             ("login", "/ui/login"),

@@ -1,0 +1,157 @@
+"""Runs of pipelines: the statements about them inside of a transaction.
+
+A run belongs to a request to a pipeline, the parent. Its steps are requests of their own, the children, each with
+`parent`, `step` and `position`: the place of its item in the list, 0 without a list. A step for which there is no
+request has an outcome instead. `requests.py` adds a run with its request; `transition.py` notes here that a child has
+ended, in the same transaction, so that the batcher (`batcher/pipelines.py`) finds every run that can go on.
+
+    pipeline_runs         one for each parent; ready while `changed` differs from `advanced`
+    pipeline_outcomes     steps that were skipped, or failed before there was a request
+    pipeline_definitions  each pipeline as it was when the first of its requests came
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sqlite3
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from store.database import Transaction
+from store.pipelines.definition import PIPELINE, Pipeline
+from store.states import RequestState
+
+if TYPE_CHECKING:
+    from store.requests import RequestRecord
+
+#: Values of `pipeline_runs.removed`, once the parent was deleted: its children are deleted too, all of them or those
+#: that have given no collection a vector.
+REMOVE_ALL, REMOVE_OTHERS = 1, 2
+
+_ADD_DEFINITION = "INSERT OR IGNORE INTO pipeline_definitions (digest, definition) VALUES (?, ?)"
+
+_ADD_RUN = "INSERT INTO pipeline_runs (id, number, definition, changed, advanced) VALUES (?, ?, ?, 1, 0)"
+
+_NOTE = "UPDATE pipeline_runs SET changed = changed + 1 WHERE id = ?"
+
+_NOTE_RETRY = "UPDATE pipeline_runs SET changed = changed + 1, is_retried = 1 WHERE id = ?"
+
+_NOTE_REMOVAL = "UPDATE pipeline_runs SET changed = changed + 1, removed = ? WHERE id = ?"
+
+_NOTE_GROWTH = """
+    INSERT INTO changes (number, batch_id, state, at)
+    SELECT number, batch_id, state, ? FROM requests WHERE id = ? AND state = 'queued'
+"""
+
+_READ = """
+    SELECT pipeline_runs.id AS id, changed, pipeline_runs.definition AS digest, pipeline_definitions.definition AS text
+    FROM pipeline_runs JOIN pipeline_definitions ON digest = pipeline_runs.definition
+    WHERE pipeline_runs.id IN (SELECT value FROM json_each(?))
+"""
+
+_OUTCOMES = "SELECT * FROM pipeline_outcomes WHERE parent IN (SELECT value FROM json_each(?))"
+
+CHILDREN = "SELECT * FROM requests WHERE parent IN (SELECT value FROM json_each(?))"
+
+#: A step, and the place of its item in the list.
+Place = tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What became of a step for which there is no request."""
+
+    step: str
+    position: int
+    #: skipped or failed.
+    status: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRun:
+    """The steps of a request to a pipeline, as far as they are."""
+
+    pipeline: Pipeline
+    #: Digest of the pipeline.
+    digest: str
+    #: Counts what happened to its children.
+    changed: int
+    children: Mapping[Place, RequestRecord]
+    outcomes: Mapping[Place, StepOutcome]
+
+    def count(self) -> dict[str, int]:
+        """Count the steps by status."""
+        return dict(
+            Counter(
+                [str(one.status) for one in self.children.values()] + [one.status for one in self.outcomes.values()]
+            )
+        )
+
+
+def add_runs(transaction: Transaction, new: Iterable[tuple[str, int, str]]) -> None:
+    """Add runs. :param new: id and number of the parent, and the pipeline as text."""
+    for id, number, text in new:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        transaction.execute(_ADD_DEFINITION, (digest, text))
+        transaction.execute(_ADD_RUN, (id, number, digest))
+
+
+def note_changes(transaction: Transaction, to: RequestState, changed: Sequence[Any], at: str) -> None:
+    """Note for their runs that children have ended, and that parents were cancelled or are tried again.
+
+    :param changed: rows of the requests in their new state.
+    """
+    if to.is_final:
+        parents = {row["parent"] for row in changed if row["parent"] is not None}
+        transaction.execute_many(_NOTE, [(id,) for id in parents])
+        note_growth(transaction, parents, at)
+    if to in (RequestState.QUEUED, RequestState.CANCELLED):
+        runs = [(row["id"],) for row in changed if row["service"] == PIPELINE]
+        transaction.execute_many(_NOTE_RETRY if to is RequestState.QUEUED else _NOTE, runs)
+
+
+def note_growth(transaction: Transaction, parents: Iterable[str], at: str) -> None:
+    """Write a change of each of these requests that has not ended: its answer has grown."""
+    transaction.execute_many(_NOTE_GROWTH, [(at, id) for id in parents])
+
+
+def note_removals(transaction: Transaction, deleted: Sequence[Any], *, keeps_members: bool) -> None:
+    """Note that the children of deleted requests are to be deleted. :param deleted: rows."""
+    how = REMOVE_OTHERS if keeps_members else REMOVE_ALL
+    runs = [(how, row["id"]) for row in deleted if row["service"] == PIPELINE]
+    transaction.execute_many(_NOTE_REMOVAL, runs)
+
+
+def build_runs(
+    connection: sqlite3.Connection, parents: Sequence[str], children: Iterable[RequestRecord]
+) -> dict[str, PipelineRun]:
+    """Read runs, by the ids of their parents. :param children: all of theirs."""
+    ids = json.dumps(parents)
+    outcomes: dict[str, dict[Place, StepOutcome]] = defaultdict(dict)
+    for row in connection.execute(_OUTCOMES, (ids,)).fetchall():
+        values = {name: row[name] for name in ("step", "position", "status", "code", "reason")}
+        outcomes[row["parent"]][row["step"], row["position"]] = StepOutcome(**values)
+    requests: dict[str, dict[Place, RequestRecord]] = defaultdict(dict)
+    for child in children:
+        requests[str(child.parent)][str(child.step), int(child.position or 0)] = child
+    return {
+        row["id"]: PipelineRun(
+            pipeline=_parse(row["text"]),
+            digest=row["digest"],
+            changed=row["changed"],
+            children=requests[row["id"]],
+            outcomes=outcomes[row["id"]],
+        )
+        for row in connection.execute(_READ, (ids,)).fetchall()
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(text: str) -> Pipeline:
+    return Pipeline.from_text(text)

@@ -1,0 +1,480 @@
+"""Requests to pipelines go on: steps follow from answers, once; failures, limits, cancelling, deleting, retention."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from provider_image.models.artefact import installed_digest
+from store.batches import BatchRecord
+from store.clients.keys import KeyRecord, Scope, make_key
+from store.database import Database
+from store.errors import NotRemovable, NotRetryable, StoreUnavailable, UnknownRequest
+from store.pipelines.definition import MAX_ITEMS
+from store.requests import Answer, NewRequest
+from store.settings import HomeSettings
+from store.states import RequestState
+from store.store import Store
+from tests.pipelines import NOW, SPOTS, PipelineBench, pipeline_models, spot
+
+FIND, CUT, EMBED = "spot_finder", "scissors", "efficientnet_lite0_embedding"
+AN_HOUR = timedelta(hours=1)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    with pipeline_models(folder):
+        yield folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    made = Store(HomeSettings(home=tmp_path / "home"))
+    made.migrate()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def bench(store: Store, models: Path) -> PipelineBench:
+    return PipelineBench(store, models)
+
+
+def test_a_request_goes_through_all_steps(bench: PipelineBench) -> None:
+    id = bench.send(name="a.jpg").id
+    bench.go_on()
+
+    assert bench.step(FIND, {"spots": [spot(left=7), spot(left=8, score=0.2), spot(left=9)]}) == 1
+    assert bench.statuses(id) == {"find": ["done"], "cut": ["queued"] * 3}
+    assert bench.step(CUT, {"width": 2}, image=b"part") == 3
+    assert bench.statuses(id)["embed"] == ["queued", "skipped", "queued"]
+    assert not bench.is_done(id)
+    assert bench.step(EMBED, {"dimensions": 3}) == 2
+
+    found = bench.get(id)
+    assert found.state is RequestState.DONE
+    assert found.output == {"done": 6, "skipped": 1}
+    assert [child.params for child in bench.children(id, "cut")] == [
+        {"left": left, "angle": 3.0, "mode": "fast"} for left in (7, 8, 9)
+    ]
+    parts = [child.files["image"].sha256 for child in bench.children(id, "cut")]
+    embedded = bench.children(id, "embed")
+    assert [child.image_sha256 for child in embedded] == [parts[0], parts[2]]
+    assert {child.name for child in embedded} == {"a.jpg"}
+    assert found.run is not None
+    assert found.run.outcomes["embed", 1].reason == "Its condition is not true: each.score >= 0.6"
+
+
+def test_steps_are_due_when_their_request_is(bench: PipelineBench, store: Store) -> None:
+    bench.send()
+    bench.go_on()
+
+    claims = store.requests.claim(
+        models=[FIND], limit=9, now=NOW, lease_ends_at=NOW + AN_HOUR, oldest_before=NOW - timedelta(seconds=3)
+    )
+
+    assert len(claims) == 1
+
+
+def test_a_request_itself_is_never_claimed(bench: PipelineBench) -> None:
+    bench.send()
+
+    assert bench.claim("dots") == []
+
+
+def test_every_growth_is_a_change(bench: PipelineBench, store: Store) -> None:
+    request = bench.send()
+    bench.go_on()
+    before = store.changes.latest()
+
+    bench.step(FIND, {"spots": [spot(score=0.1)]})
+
+    numbers = [change.number for change in store.changes.list(before)]
+    assert numbers.count(request.number) == 1
+    bench.step(CUT, {"width": 2}, image=b"part")
+    # The part, the step that is skipped, and the end.
+    changes = [change for change in store.changes.list(before) if change.number == request.number]
+    assert [change.state for change in changes] == [RequestState.QUEUED] * 3 + [RequestState.DONE]
+
+
+def test_a_step_that_fails_leaves_its_error_and_the_rest_goes_on(bench: PipelineBench) -> None:
+    id = bench.send().id
+    bench.go_on()
+    bench.step(FIND, {"spots": [spot(), spot(), spot()]})
+    first, second, third = bench.claim(CUT)
+
+    bench.fail([second])
+    bench.answer([first, third], {"width": 1}, image=b"x")
+    bench.go_on()
+    bench.step(EMBED, {"dimensions": 3})
+
+    assert bench.is_done(id)
+    assert bench.statuses(id) == {
+        "find": ["done"],
+        "cut": ["done", "failed", "done"],
+        "embed": ["done", "skipped", "done"],
+    }
+    run = bench.get(id).run
+    assert run is not None and run.outcomes["embed", 1].reason == "The step cut failed."
+
+
+def test_a_request_none_of_whose_steps_has_an_answer_fails(bench: PipelineBench) -> None:
+    id = bench.send().id
+    bench.go_on()
+
+    bench.fail(bench.claim(FIND))
+    bench.go_on()
+
+    found = bench.get(id)
+    assert (found.state, found.code, found.reason) == (
+        RequestState.FAILED,
+        "broken_image",
+        "Step find: It is broken.",
+    )
+    assert bench.statuses(id) == {"find": ["failed"], "cut": ["skipped"], "embed": ["skipped"]}
+
+
+def test_a_failed_request_is_retried_with_its_steps(bench: PipelineBench, store: Store) -> None:
+    id = bench.send().id
+    bench.go_on()
+    bench.fail(bench.claim(FIND))
+    bench.go_on()
+
+    store.requests.retry(id, now=NOW)
+    bench.go_on()
+    bench.step(FIND, {"spots": [spot()]})
+    bench.step(CUT, {"width": 1}, image=b"x")
+    bench.step(EMBED, {"dimensions": 3})
+
+    assert bench.is_done(id)
+    assert bench.statuses(id) == {"find": ["done"], "cut": ["done"], "embed": ["done"]}
+
+
+def test_an_empty_list_ends_the_request(bench: PipelineBench) -> None:
+    id = bench.send().id
+    bench.go_on()
+
+    bench.step(FIND, {"spots": []})
+
+    assert bench.is_done(id)
+    assert bench.get(id).output == {"done": 1}
+
+
+@pytest.mark.parametrize("output", [{"spots": 3}, {"other": []}, [], {"spots": [{"score": 1}]}])
+def test_an_answer_without_what_a_step_needs_fails_that_step(bench: PipelineBench, output: object) -> None:
+    id = bench.send().id
+    bench.go_on()
+
+    bench.step(FIND, output)
+
+    assert bench.is_done(id)
+    assert bench.statuses(id)["cut"] == ["failed"]
+
+
+def test_a_value_out_of_range_fails_that_item_only(bench: PipelineBench) -> None:
+    id = bench.send().id
+    bench.go_on()
+
+    bench.step(FIND, {"spots": [spot(left=5000), spot()]})
+    bench.step(CUT, {"width": 1}, image=b"x")
+
+    run = bench.get(id).run
+    assert run is not None
+    assert run.outcomes["cut", 0].reason == "left takes a number from 0 to 1000."
+    assert bench.statuses(id)["embed"] == ["skipped", "queued"]
+
+
+def test_a_list_that_is_too_long_is_cut_and_says_so(bench: PipelineBench) -> None:
+    id = bench.send().id
+    bench.go_on()
+
+    bench.step(FIND, {"spots": [spot(left=n) for n in range(MAX_ITEMS + 5)]})
+
+    run = bench.get(id).run
+    assert run is not None
+    assert len(bench.children(id, "cut")) == MAX_ITEMS
+    assert run.outcomes["cut", MAX_ITEMS].code == "too_many_items"
+
+
+def test_two_batchers_add_each_step_once(bench: PipelineBench, store: Store, models: Path) -> None:
+    id = bench.send().id
+    advances = [bench.runner._prepare(bench.get(id), NOW, []) for _ in range(2)]
+
+    for advance in advances:
+        store.pipelines.advance([advance], now=NOW)
+    bench.go_on()
+
+    assert bench.statuses(id) == {"find": ["queued"]}
+    assert len(store.requests.list()) == 2
+
+
+def test_a_batcher_that_is_killed_after_any_commit_loses_and_doubles_nothing(
+    bench: PipelineBench, store: Store, models: Path, tmp_path: Path
+) -> None:
+    spots = [spot(left=n, score=n / 100) for n in range(60)]
+
+    def run(kill_after: int) -> tuple[int, dict[str, list[str]]]:
+        """Answer everything; the process of the runner dies after so many of its commits, and another goes on."""
+        commits = itertools.count(1)
+        id = bench.send(image=b"photo %d" % kill_after).id
+        write = Database.write
+
+        def write_until_killed(self: Database, function: object) -> object:
+            if next(commits) > kill_after:
+                raise StoreUnavailable("killed")
+            return write(self, function)  # type: ignore[arg-type]
+
+        steps = iter([(FIND, {"spots": spots}), (CUT, {"width": 1}), (EMBED, {"dimensions": 1})])
+        is_killed = False
+        while not bench.is_done(id):
+            if not is_killed:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(Database, "write", write_until_killed)
+                    try:
+                        while bench.runner.run_ready():
+                            pass
+                    except StoreUnavailable:
+                        is_killed = True
+            bench.go_on()
+            found = next(steps, None)
+            if found is None:
+                break
+            model, output = found
+            bench.answer(bench.claim(model), output, **({"image": b"x"} if model == CUT else {}))
+            if is_killed:
+                bench.go_on()
+        bench.go_on()
+        return next(commits) - 1, bench.statuses(id)
+
+    total, expected = run(10_000)
+
+    assert expected == {
+        "find": ["done"],
+        "cut": ["done"] * 60,
+        "embed": ["skipped"] * 60,
+    }
+    assert total >= 4
+    for kill_after in range(total):
+        assert run(kill_after)[1] == expected, kill_after
+
+
+def test_cancelling_a_request_cancels_its_steps(bench: PipelineBench, store: Store) -> None:
+    id = bench.send().id
+    bench.go_on()
+    bench.step(FIND, {"spots": [spot(), spot()]})
+    claimed = bench.claim(CUT, limit=1)
+
+    cancelled = store.requests.cancel(id, now=NOW)
+    bench.answer(claimed, {"width": 1}, image=b"x")
+    bench.go_on()
+
+    assert cancelled.state is RequestState.CANCELLED
+    assert "queued" not in itertools.chain(*bench.statuses(id).values())
+    assert "embed" not in bench.statuses(id)
+
+
+def test_a_request_that_expires_cancels_its_steps(bench: PipelineBench, store: Store) -> None:
+    id = bench.send(deadline_at=NOW + timedelta(seconds=1)).id
+    bench.go_on()
+
+    store.requests.expire(NOW + timedelta(seconds=2))
+    bench.go_on()
+
+    assert bench.get(id).status == "expired"
+    assert bench.statuses(id) == {"find": ["cancelled"]}
+
+
+def test_deleting_a_request_deletes_its_steps_and_their_files(bench: PipelineBench, store: Store) -> None:
+    id = bench.send().id
+    bench.go_on()
+    bench.step(FIND, {"spots": [spot(), spot()]})
+    (first, second) = bench.claim(CUT)
+    bench.answer([first], {"width": 1}, image=b"x")
+    store.requests.cancel(id, now=NOW)
+
+    store.requests.remove(id)
+
+    # One step is still with a worker.
+    assert [request.id for request in store.requests.list()] == [second.id]
+    bench.answer([second], {"width": 1}, image=b"y")
+    bench.go_on()
+    assert store.requests.list() == []
+    assert list(store.images.list_digests()) == []
+    with store.database.read() as connection:
+        for table in ("pipeline_runs", "pipeline_outcomes"):
+            assert connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] == 0
+
+
+def test_a_step_is_neither_deleted_nor_retried_alone(bench: PipelineBench, store: Store) -> None:
+    id = bench.send().id
+    bench.go_on()
+    bench.fail(bench.claim(FIND))
+    (child,) = bench.children(id, "find")
+
+    with pytest.raises(NotRemovable, match=id):
+        store.requests.remove(child.id)
+    with pytest.raises(NotRetryable, match=id):
+        store.requests.retry(child.id, now=NOW)
+
+
+def test_retention_deletes_a_request_with_its_steps_and_not_before(bench: PipelineBench, store: Store) -> None:
+    id = bench.send().id
+    bench.go_on()
+    bench.step(FIND, {"spots": [spot()]})
+    later = NOW + AN_HOUR
+
+    store.retention.purge(images_before=later, results_before=later, now=later)
+
+    assert bench.statuses(id) == {"find": ["done"], "cut": ["queued"]}
+    bench.step(CUT, {"width": 1}, image=b"x")
+    bench.step(EMBED, {"dimensions": 1})
+    assert bench.is_done(id)
+    store.retention.purge(images_before=later, results_before=later, now=later)
+    bench.go_on()
+    assert store.requests.list() == []
+    assert list(store.images.list_digests()) == []
+
+
+def test_a_step_whose_image_is_a_member_of_a_collection_outlives_retention(store: Store, models: Path) -> None:
+    bench = PipelineBench(store, models, SPOTS + 'collection = "dots"\n')
+    id = bench.send(labels={"day": "1"}).id
+    bench.go_on()
+    bench.step(FIND, {"spots": [spot()]})
+    bench.step(CUT, {"width": 1}, image=b"x")
+    (embed,) = bench.claim(EMBED)
+    collection = store.collections.find("dots", key_id=None)
+    with store.database.read() as connection:
+        number = connection.execute("SELECT number FROM requests WHERE id = ?", (embed.id,)).fetchone()[0]
+    # As if the answer had a vector.
+    bench.answer([embed], {"dimensions": 1})
+    store.database.execute("UPDATE requests SET collections = 1 WHERE number = ?", (number,))
+    bench.go_on()
+    assert bench.is_done(id)
+    (member,) = store.collections.members(collection)
+    assert (member.id, member.labels) == (embed.id, {"day": "1"})
+    later = NOW + AN_HOUR
+
+    store.retention.purge(images_before=later, results_before=later, now=later)
+    bench.go_on()
+
+    (kept,) = store.requests.list()
+    assert (kept.id, kept.parent) == (embed.id, None)
+    store.requests.remove(kept.id)
+    assert store.collections.members(collection) == []
+
+
+def test_a_key_pays_for_each_step_and_what_its_quota_refuses_is_said(bench: PipelineBench, store: Store) -> None:
+    key_id, _ = make_key()
+    store.keys.add(
+        KeyRecord(
+            id=key_id, name="k", sha256="0" * 64, scopes=frozenset({Scope.SUBMIT}), images_per_day=4, created_at=NOW
+        )
+    )
+    id = bench.send(key_id=key_id).id
+    bench.go_on()
+    bench.step(FIND, {"spots": [spot(), spot(), spot()]})
+
+    bench.step(CUT, {"width": 1}, image=b"x")
+
+    # One for the request, one for `find`, two for `cut`.
+    assert store.keys.images_used(key_id, now=NOW) == 4
+    assert bench.statuses(id) == {
+        "find": ["done"],
+        "cut": ["done", "done", "failed"],
+        "embed": ["failed", "failed", "skipped"],
+    }
+    run = bench.get(id).run
+    assert run is not None and run.outcomes["cut", 2].code == "quota_reached"
+    assert {child.key_id for child in run.children.values()} == {key_id}
+    assert bench.is_done(id)
+
+
+def test_a_batch_of_requests_ends_with_their_steps(bench: PipelineBench, store: Store) -> None:
+    batch = BatchRecord(id="b", service="pipeline", model="dots", created_at=NOW)
+    new = [
+        (
+            NewRequest(
+                id=f"b-{n}",
+                service="pipeline",
+                model="dots",
+                created_at=NOW,
+                batch_id="b",
+                client_id=str(n),
+                pipeline=bench.pipeline.to_text(),
+            ),
+            store.images.stage(b"photo %d" % n),
+        )
+        for n in range(3)
+    ]
+    store.batches.add(batch, new, [])
+    bench.go_on()
+    assert store.batches.progress("b").queued == 3
+
+    assert bench.step(FIND, {"spots": []}) == 3
+
+    assert store.batches.progress("b").done == 3
+    store.batches.remove("b")
+    bench.go_on()
+    assert store.requests.list() == []
+
+
+def test_equal_images_reuse_the_answers_of_steps(store: Store, models: Path) -> None:
+    bench = PipelineBench(store, models)
+    bench.send()
+    bench.go_on()
+    (claim,) = bench.claim(FIND)
+    digest = installed_digest(models, FIND)
+    assert digest is not None
+    store.requests.finish(
+        [Answer(claim=claim, output={"spots": []}, digest=digest, chunk_id="c", provider="p", seconds=0.1)], now=NOW
+    )
+
+    second = bench.send().id
+    bench.go_on()
+
+    assert bench.is_done(second)
+    assert bench.children(second, "find")[0].is_cached
+
+
+def test_a_text_in_an_answer_is_the_input_of_a_step(store: Store, models: Path) -> None:
+    text = """
+        [steps.find]
+        model = "spot_finder"
+        [steps.read]
+        model = "reader"
+        for_each = "find.spots"
+        text = "each.caption"
+    """
+    bench = PipelineBench(store, models, text)
+    id = bench.send().id
+    bench.go_on()
+
+    bench.step(FIND, {"spots": [{"caption": "a \u00fcber spot"}, {"caption": ["no text"]}, {"caption": "two"}]})
+
+    first, second = bench.children(id, "read")
+    assert store.images.read(first.image_sha256).decode() == "a \u00fcber spot"
+    assert (first.position, second.position) == (0, 2)
+    run = bench.get(id).run
+    assert run is not None
+    assert "takes: text" in run.outcomes["read", 1].reason
+    assert not list((store.images.folder / "tmp").iterdir())
+    store.requests.cancel(id, now=NOW)
+    store.requests.remove(id)
+    assert list(store.images.list_digests()) == []
+
+
+def test_deleting_one_request_touches_no_other(bench: PipelineBench, store: Store) -> None:
+    first, second = bench.send(b"one").id, bench.send(b"two").id
+    bench.go_on()
+    bench.step(FIND, {"spots": []})
+
+    store.requests.remove(first)
+
+    assert bench.statuses(second) == {"find": ["done"]}
+    with pytest.raises(UnknownRequest):
+        bench.get(first)
