@@ -63,7 +63,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @file_option(
     "--onnx",
-    "Install a custom classifier, saved as ONNX, as MODEL. Needs the extra [onnx].",
+    "Install a custom model, saved as ONNX, as MODEL. Needs the extra [onnx].",
     metavar="FILE.onnx",
 )
 @file_option(
@@ -104,9 +104,17 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @click.option(
     "--service",
-    type=click.Choice(["classification", "image_to_image"]),
-    help="With --keras or --onnx: what the model does. image_to_image: it returns an RGB image of the same size, or "
-    "enlarged by a whole number. [default: classification]",
+    type=click.Choice(["classification", "embedding", "face_detection", "image_to_image"]),
+    help="With --onnx, or with --keras for image_to_image: what the model does. embedding: it returns a vector; "
+    "face_detection: it has the outputs of a YuNet, or of an SSD with decoded boxes; image_to_image: it returns an RGB "
+    "image of the same size, or enlarged by a whole number. [default: classification]",
+)
+@click.option(
+    "--input",
+    "takes",
+    type=click.Choice(["image", "face"]),
+    help="With a custom model: face if it is for images of one face, which the pipeline `faces` cuts out. "
+    "[default: image]",
 )
 def compile_models(
     weights: Path | None,
@@ -134,6 +142,7 @@ def compile_models(
       mlg models compile style_vgg19
       mlg models compile all --weights ~/keras-weights
       mlg models compile my_pets --keras pets.keras --labels pets.txt
+      mlg models compile arcface --onnx arcface.onnx --service embedding --input face
       mlg models compile my_style --onnx style.onnx --service image_to_image
       mlg models compile my_cars --onnx cars.onnx --labels cars.txt --preprocessing torch
       mlg models compile vit_base_patch16_224 --weights ~/vit-base-patch16-224
@@ -284,16 +293,19 @@ def _custom_model(
     kind, what = kinds[0], "FOLDER" if kinds == ["huggingface"] else "FILE"
     if "channels" in given and kind != "onnx":
         raise click.UsageError("--channels is for --onnx FILE: other models take RGB.")
+    service = given.get("service", "classification")
+    if service in ("embedding", "face_detection") and (kind != "onnx" or "returns" in given):
+        what = "--returns" if kind == "onnx" else f"--{kind}"
+        raise click.UsageError(f"--service {service} is for --onnx FILE, and {what} is not for it.")
     fixed = sorted({"size", "returns"} & given.keys()) if kind == "huggingface" else []
     if fixed:
         raise click.UsageError(f"--{fixed[0]} is not for --huggingface FOLDER: its config.json fixes that.")
     if given.get("preprocessing") == "caffe" and kind == "huggingface":
         raise click.UsageError("--preprocessing caffe is not for --huggingface FOLDER, whose models take RGB.")
-    is_classifier = given.get("service", "classification") == "classification"
-    if not is_classifier and (kind == "huggingface" or labels is not None):
+    if service != "classification" and (kind == "huggingface" or labels is not None):
         what = "--huggingface FOLDER" if kind == "huggingface" else "--labels FILE"
-        raise click.UsageError(f"{what} is for classifiers, not for --service {given['service']}.")
-    if labels is None and kind != "huggingface" and is_classifier:
+        raise click.UsageError(f"{what} is for classifiers, not for --service {service}.")
+    if labels is None and kind != "huggingface" and service == "classification":
         raise click.UsageError(f"--{kind} FILE needs --labels FILE: one line per class, in the model's order.")
     if weights is not None:
         raise click.UsageError(f"--weights is for models of the catalogue; --{kind} {what} contains its weights.")
@@ -301,10 +313,19 @@ def _custom_model(
         raise click.UsageError(f"--{kind} {what} installs one model. Give it one name, for example: my_pets")
     from provider_image.compiler.custom import CustomModel
 
+    takes_faces = given.pop("takes", "image") == "face"
     file = files[kind]
     assert file is not None
     weights_folder = None if onnx is None else onnx.parent
-    return CustomModel(name=names[0], file=file, kind=kind, labels=labels, weights_folder=weights_folder, **given)
+    return CustomModel(
+        name=names[0],
+        file=file,
+        kind=kind,
+        labels=labels,
+        weights_folder=weights_folder,
+        takes_faces=takes_faces,
+        **given,
+    )
 
 
 def _build_custom(custom: CustomModel, models: Path, f16_within: float | None) -> Artefact:

@@ -168,7 +168,8 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _input_cell(row: dict[str, Any]) -> str:
     if row["input"] == "row":
         return f"{len(row['columns'])} columns"
-    return f"{row['height']} x {row['width']}" if row["height"] else row["input"]
+    shown = f"{row['height']} x {row['width']}" if row["height"] else row["input"]
+    return f"{shown}, face" if row["takes_faces"] else shown
 
 
 def _installed_cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from server.context import Context, Views
 from server.pages.api_reference import ApiReferenceViews
 from server.pages.batches import BatchPageViews
 from server.pages.collections import CollectionPageViews
+from server.pages.faces import FacesViews
 from server.pages.gallery import GalleryViews
 from server.pages.home import HomeViews
 from server.pages.login import LoginViews
@@ -57,6 +58,7 @@ VIEWS: tuple[type[Views], ...] = (
     BatchPageViews,
     CollectionPageViews,
     TrainingPageViews,
+    FacesViews,
     PipelineViews,
     OperatorPageViews,
     ApiReferenceViews,

@@ -86,6 +86,12 @@ class NotMeasured(MlgError):
     """The quality of the image could not be measured. Send it again, or without limits."""
 
 
+class FacesDisabled(AccessRefused):
+    """This server takes no images of faces, which are biometric data. An operator allows them with MLG_FACES=on."""
+
+    code = "faces_are_off"
+
+
 class LengthMissing(BadInput):
     """This body needs a Content-Length: without one, a connection that broke would look like its end."""
 

@@ -191,6 +191,7 @@ def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
             for name, one in load_service(row.service).inputs.items()
         },
         "answers_with_image": IMAGE_ANSWER in load_service(row.service).outputs,
+        "takes_faces": row.takes_faces,
         "columns": list(row.columns),
         "installed": artefact is not None,
         "builds_on_first_use": artefact is None and can_build_now(row),

@@ -68,6 +68,12 @@ class ServerSettings(HomeSettings):
     #: Models that one API key may train; those that only another version is trained of count once.
     #: MLG_MAX_TRAINED_MODELS. Defaults to 50.
     max_trained_models: int = setting("MLG_MAX_TRAINED_MODELS", 50, minimum=0, maximum=100_000)
+    #: Accept requests to models that take images of faces, which are biometric data: see docs/faces.md.
+    #: MLG_FACES. Defaults to 0.
+    faces: bool = setting("MLG_FACES", False)
+    #: Seconds that such requests are kept at most, with their images, crops and vectors, also in collections.
+    #: MLG_FACES_RETENTION. Defaults to 86400 (a day).
+    faces_seconds: float = setting("MLG_FACES_RETENTION", 86400.0, minimum=0, maximum=3.2e9)
     #: Send webhooks also to private addresses and without TLS. MLG_WEBHOOKS_PRIVATE. Defaults to 0.
     allows_private_webhooks: bool = setting("MLG_WEBHOOKS_PRIVATE", False)
 

@@ -171,4 +171,9 @@ def _load_one(name: str, context: ExecutorContext) -> Executor:
         )
     module, _, attribute = REGISTRY[name].partition(":")
     factory: Factory = getattr(importlib.import_module(module), attribute)
-    return factory(context)
+    executor = factory(context)
+    from batcher.executors.trusted import FacesSettings, WithoutFaces
+
+    if executor.is_trusted or FacesSettings.from_env(context.environment).faces_remote:
+        return executor
+    return WithoutFaces(executor, context.models)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 METHOD_FILE = "method.json"
 #: name -> "module:factory", see `MethodFactory`.
 METHODS = {
+    "cascades": "provider_image.faces.cascades:make_method",
+    "copy": "provider_image.backends.opencv:make_copy",
+    "face_quality": "provider_image.faces.quality:make_method",
     "denoise": "provider_image.images.denoising:make_method",
     "quality": "provider_image.images.quality:make_method",
 }
@@ -132,6 +135,11 @@ def load_net(artefact: Artefact, device: Device) -> OpencvNet:
             f"Delete {artefact.folder}, then: {artefact.install_command}"
         ) from error
     return OpencvNet(artefact, methods)
+
+
+def make_copy(artefact: Artefact, options: Mapping[str, Any]) -> Method:
+    """Make the method of services that have done their work when an image is decoded. See `MethodFactory`."""
+    return lambda pixels: pixels.copy()
 
 
 def write_method(folder: Path, method: str, options: Mapping[str, Any]) -> bytes:

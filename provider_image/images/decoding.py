@@ -18,6 +18,7 @@ import importlib
 import io
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import DAMAGED_FILE_ERRORS, BadInput, BrokenImage, UnsupportedFormat
@@ -60,6 +61,8 @@ _BAND_PIXELS = 512 * 1024
 _PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 #: Most characters of text that are read from a PNG; four bytes each at worst.
 _MAX_PNG_TEXT = 4 * 1024 * 1024
+#: What is beside an image.
+_GREY = 128
 #: A box in pixels: left, top, right, bottom.
 _Box = tuple[float, float, float, float]
 #: Converts a part of an image to mode L or RGB.
@@ -107,6 +110,37 @@ def decode_to_fit(data: bytes, side: int) -> PIL.Image.Image:
 
 def decode_and_measure(data: bytes, side: int) -> tuple[PIL.Image.Image, tuple[int, int]]:
     """Do as `decode_to_fit`. :return: the image, and (width, height) of the whole, upright."""
+    found = decode_fitted(data, side, side, margin=2.0)
+    return found.image, (found.width, found.height)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedImage:
+    """An image that was scaled to fit into a rectangle."""
+
+    #: In mode RGB.
+    image: PIL.Image.Image
+    #: Size of the original in pixels, upright.
+    width: int
+    height: int
+
+    @property
+    def pixels(self) -> np.ndarray[Any, Any]:
+        """Return its pixels, uint8, shape (height, width, 3)."""
+        import numpy as np
+
+        return np.asarray(self.image)
+
+
+def decode_fitted(data: bytes, width: int, height: int, *, enlarged_to: int = 0, margin: float = 1.0) -> FittedImage:
+    """Decode an image to RGB that fits into a rectangle, upright and with its proportions.
+
+    :param width, height: of the rectangle, in pixels.
+    :param enlarged_to: an image of less than this many pixels on both sides is enlarged; 0: never.
+    :param margin: a JPEG is decoded at reduced scale while both sides remain this many times as long as those of the
+        rectangle.
+    :raises BadInput: as `decode`.
+    """
     full_size = (0, 0)
 
     def reduce(image: _UprightImage) -> PIL.Image.Image:
@@ -114,11 +148,40 @@ def decode_and_measure(data: bytes, side: int) -> tuple[PIL.Image.Image, tuple[i
         import PIL.Image
 
         full_size = image.full_size
-        factor = min(1.0, side / max(image.size))
-        width, height = (max(1, round(each * factor)) for each in image.size)
-        return image.resize(width, height, image.centre(None), PIL.Image.Resampling.BILINEAR)
+        factor = min(max(1.0, enlarged_to / max(full_size)), width / full_size[0], height / full_size[1])
+        target = [max(1, round(each * factor)) for each in full_size]
+        return image.resize(target[0], target[1], image.centre(None), PIL.Image.Resampling.BILINEAR)
 
-    return _decode(data, MAX_PIXELS, (2 * side, 2 * side), reduce), full_size
+    enough = math.ceil(margin * width), math.ceil(margin * height)
+    image = _decode(data, MAX_PIXELS, enough, reduce)
+    return FittedImage(image=image, width=full_size[0], height=full_size[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A rectangle in an upright image, in its pixels. It may reach beyond the image."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    #: By how many degrees it is turned clockwise around its centre.
+    angle: float = 0.0
+
+
+def decode_part(data: bytes, find_part: Callable[[int, int], Part], max_side: int) -> PIL.Image.Image:
+    """Decode a part of an image to RGB, turned so that its top is level.
+
+    :param find_part: returns the part for the width and height of the upright image.
+    :param max_side: the longer side of the result is at most this many pixels; a smaller part is not enlarged.
+    :return: what is outside of the image is grey.
+    :raises BadInput: as `decode`, and if all of the part is outside.
+    """
+
+    def reduce(image: _UprightImage) -> PIL.Image.Image:
+        return image.turned(find_part(*image.full_size), max_side)
+
+    return _decode(data, MAX_PIXELS, None, reduce)
 
 
 def _decode(
@@ -248,6 +311,44 @@ class _UprightImage:
         assert reduced is not None
         return reduced.resize(
             target, filter, (*_point(axis, box[axis], 0), *_point(axis, box[axis + 2], target[other]))
+        )
+
+    def turned(self, part: Part, max_side: int) -> PIL.Image.Image:
+        """Return a part, turned so that its top is level; see `decode_part`. :return: mode L or RGB."""
+        import PIL.Image
+
+        scale = min(1.0, max_side / max(part.width, part.height))
+        width, height = (max(1, round(each * scale)) for each in (part.width, part.height))
+        across, down = math.cos(math.radians(part.angle)), math.sin(math.radians(part.angle))
+        centre = part.left + part.width / 2, part.top + part.height / 2
+        reach = (
+            (abs(part.width * across) + abs(part.height * down)) / 2 + 2,
+            (abs(part.width * down) + abs(part.height * across)) / 2 + 2,
+        )
+        # The pixels around it that are in the image, scaled.
+        start = [max(0, math.floor(centre[axis] - reach[axis])) for axis in (0, 1)]
+        end = [min(self.full_size[axis], math.ceil(centre[axis] + reach[axis])) for axis in (0, 1)]
+        if start[0] >= end[0] or start[1] >= end[1]:
+            raise BadInput(
+                f"The part to cut out is outside of the image, which has {self.full_size[0]} x {self.full_size[1]} "
+                "pixels. Give left and top in pixels of the image as it is shown, upright."
+            )
+        small = [max(1, math.ceil((end[axis] - start[axis]) * scale)) for axis in (0, 1)]
+        loaded = [self.size[axis] / self.full_size[axis] for axis in (0, 1)]
+        box = (start[0] * loaded[0], start[1] * loaded[1], end[0] * loaded[0], end[1] * loaded[1])
+        around = self.resize(small[0], small[1], box, PIL.Image.Resampling.BICUBIC)
+        # From a pixel of the result to the place in `around` that it shows.
+        steps = [small[axis] / (end[axis] - start[axis]) for axis in (0, 1)]
+        x = (part.width / width * across, -part.height / height * down)
+        y = (part.width / width * down, part.height / height * across)
+        first = [centre[0] - start[0], centre[1] - start[1]]
+        matrix = (
+            *(steps[0] * each for each in (*x, first[0] - x[0] * width / 2 - x[1] * height / 2)),
+            *(steps[1] * each for each in (*y, first[1] - y[0] * width / 2 - y[1] * height / 2)),
+        )
+        grey = _GREY if around.mode == "L" else (_GREY,) * 3
+        return around.transform(
+            (width, height), PIL.Image.Transform.AFFINE, matrix, PIL.Image.Resampling.BICUBIC, fillcolor=grey
         )
 
     def _whole(self, other_bytes: int) -> PIL.Image.Image | None:

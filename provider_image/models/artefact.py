@@ -247,8 +247,8 @@ def _from_format_2(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
     """Build the record of a model.json. :raises ValueError, KeyError, TypeError, AttributeError: it is invalid."""
     # Some artefacts of format 4 have none.
-    absent = {"dimensions": 0, "unknown_below": 0.0, "provenance": None, "tile": (0, 0), "margin": 0, "scale": 1}
-    facts = {**absent, **facts}
+    absent = {"dimensions": 0, "takes_faces": False, "unknown_below": 0.0, "provenance": None}
+    facts = {**absent, "tile": (0, 0), "margin": 0, "scale": 1, **facts}
     if not 0 <= facts["unknown_below"] < 1:
         raise ValueError("unknown_below is no probability")
     return Artefact(

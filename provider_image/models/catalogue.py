@@ -69,6 +69,8 @@ class ModelFacts:
     source: str = "keras"
     #: Number of values of the vector that it returns; 0 if it returns none, or if that is not known yet.
     dimensions: int = 0
+    #: True if it is for images of people's faces, which are treated as biometric data.
+    takes_faces: bool = False
 
     @property
     def net_size(self) -> tuple[int, int]:
@@ -167,10 +169,11 @@ def embedding_of(model: ModelFacts) -> ModelFacts:
         preprocessing=model.preprocessing,
         crop=model.crop,
         source=model.source,
+        takes_faces=model.takes_faces,
     )
 
 
-def _method_row(name: str, title: str, *, service: str | None = None) -> ModelRow:
+def _method_row(name: str, title: str, *, service: str | None = None, takes_faces: bool = False) -> ModelRow:
     """Make the row of a method that needs no weights and takes images of any size.
 
     :param service: None: that with its name.
@@ -183,6 +186,7 @@ def _method_row(name: str, title: str, *, service: str | None = None) -> ModelRo
         width=0,
         preprocessing="none",
         source="method",
+        takes_faces=takes_faces,
     )
 
 
@@ -310,7 +314,11 @@ _MODELS = (
 
 #: What has no weights, and so no embedding.
 _METHODS = (
+    _method_row("crop", "Crop"),
     _method_row("denoise", "Noise removal", service="image_to_image"),
+    _method_row("face_crop", "Face crop", service="crop", takes_faces=True),
+    _method_row("face_detector", "Face detector", service="face_detection", takes_faces=True),
+    _method_row("face_quality", "Face quality", takes_faces=True),
     _method_row("quality", "Image quality"),
     _method_row("texture", "Texture", service="style_transfer"),
 )
@@ -333,7 +341,18 @@ _STYLES = (
     ),
 )
 
-_ROWS = (*_MODELS, *_METHODS, *_STYLES, *map(_embedding_row, _MODELS))
+#: A backbone of ImageNet that is named for what it does with faces: it compares pictures, not people.
+_FACE_PICTURES = ModelRow(
+    name="face_pictures",
+    title="Faces as pictures",
+    service="embedding",
+    preprocessing="lite",
+    source="wheel",
+    dimensions=1280,
+    takes_faces=True,
+)
+
+_ROWS = (*_MODELS, *_METHODS, *_STYLES, _FACE_PICTURES, *map(_embedding_row, _MODELS))
 
 #: Every model by its canonical name, embeddings last.
 CATALOGUE: dict[str, ModelRow] = {row.name: row for row in _ROWS}

@@ -15,7 +15,10 @@ REGISTRY = Extensions(
     SERVICES,
     {
         "classification": "provider_image.services.classification:Classification",
+        "crop": "provider_image.services.crop:Crop",
         "embedding": "provider_image.services.embedding:Embedding",
+        "face_detection": "provider_image.services.face_detection:FaceDetection",
+        "face_quality": "provider_image.services.face_quality:FaceQuality",
         "image_to_image": "provider_image.services.image_to_image:ImageToImage",
         "quality": "provider_image.services.quality:Quality",
         "regression": "provider_image.services.regression:Regression",

@@ -12,6 +12,7 @@ NAMES = (
     "commits",
     "dashboard",
     "drain",
+    "faces",
     "golem",
     "heads",
     "models",

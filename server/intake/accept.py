@@ -30,6 +30,7 @@ from server.auth.guard import current_key_id, quota_left
 from server.auth.limits import FairSlots
 from server.errors import BacklogFull, FetchingDisabled, TooManyUploads
 from server.intake.batch_parser import BatchItem, SharedInputs, body_too_large, detect_format, parse_items, spool
+from server.intake.faces import check_faces
 from server.intake.quality_gate import QualityGate, take_limits
 from server.intake.request_options import RequestOptions, parse_flag, read_request_options
 from server.intake.staging import StagedItem, Stager, disk_reserved
@@ -451,6 +452,9 @@ class Intake:
             return self._check_pipeline(pipeline, fields, options)
         service = load_service(row.service)
         checked = self._check_fields(service, fields)
+        if row.takes_faces:
+            options = check_faces(self._settings, options)
+            checked["shares_answers"] = False
         digest, key_id = artefact_digest(self._settings.models, row), current_key_id()
         return _Submission(row=row, service=service, digest=digest, options=options, key_id=key_id, **checked)
 

@@ -24,6 +24,8 @@ from provider_image.models.speed import read_speed
 from provider_image.service import Service, are_inputs, check_params, primary_input
 from provider_image.services import REGISTRY, load_service
 from server.intake.accept import artefact_digest
+from server.intake.faces import check_faces
+from server.intake.request_options import RequestOptions
 from server.settings import ServerSettings
 from server.status.eta import ALIVE_SECONDS
 from store import new_id
@@ -101,6 +103,8 @@ class Redo:
     def find_target(self, model: str) -> RedoTarget:
         """Find the model that is to answer. :raises UnknownModel: :raises NotInstalled: :raises ModelError:"""
         row = find_row(self._settings.models, model)
+        if row.takes_faces:
+            check_faces(self._settings, RequestOptions())
         digest = artefact_digest(self._settings.models, row)
         return RedoTarget(row=row, service=load_service(row.service), digest=digest)
 
@@ -183,20 +187,23 @@ class Redo:
 
     def _new_request(self, earlier: RequestRecord, target: RedoTarget) -> NewRequest:
         is_same_service = earlier.service == target.row.service
+        options = RequestOptions(labels=earlier.labels, keep_seconds=earlier.keep_seconds)
+        if target.row.takes_faces:
+            options = check_faces(self._settings, options)
         return NewRequest(
             id=new_id(),
             service=target.row.service,
             model=target.row.name,
             params=earlier.params if is_same_service else _default_params(target.service),
             name=earlier.name,
-            labels=earlier.labels,
+            labels=options.labels,
             key_id=earlier.key_id,
-            keep_seconds=earlier.keep_seconds,
+            keep_seconds=options.keep_seconds,
             created_at=self._clock(),
             client_id=earlier.client_id,
             replaces=earlier.id,
             digest=target.digest,
-            shares_answers=self._settings.shares_answers,
+            shares_answers=self._settings.shares_answers and not target.row.takes_faces,
         )
 
 

@@ -61,7 +61,12 @@ class HomeViews(Views):
 
 
 def _is_for_home(model: Mapping[str, Any]) -> bool:
-    """Tell whether a model takes one image and nothing else, and answers with something else: see `gallery.py`."""
+    """Tell whether a model takes one image and nothing else, and answers with something else: see `gallery.py`.
+
+    Those that take faces are on a page that asks for consent, see `faces.py`.
+    """
     others = list(model["inputs"].values())[1:]
     needs_others = any(not one["is_optional"] for one in others)
-    return model["input"] == "image" and not needs_others and not model["answers_with_image"]
+    return (
+        model["input"] == "image" and not needs_others and not model["answers_with_image"] and not model["takes_faces"]
+    )

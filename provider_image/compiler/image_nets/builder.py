@@ -135,7 +135,7 @@ def build_onnx(
         def reference(arrays: Arrays) -> Arrays:
             return [to_levels(each, returned) for each in run(arrays)]
 
-        complete, operations, name = onnx_builder.begin_complete(network, draft, taken)
+        complete, operations, (name,) = onnx_builder.begin_complete(network, draft, taken)
         if is_first:
             name = operations.add("Transpose", name, perm=[0, 2, 3, 1])
         pixels = onnx_builder.Pixels(operations, name)

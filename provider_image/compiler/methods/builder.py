@@ -7,7 +7,7 @@ that a check finds a machine that computes something else.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from provider_image.backends.opencv import METHOD_FILE, import_opencv, write_met
 from provider_image.compiler.installing import begin_artefact, build_folder, find_same, install, with_files
 from provider_image.compiler.self_test import self_test_images
 from provider_image.compiler.verification import answer_images, write_samples
+from provider_image.faces.cascades import make_files
 from provider_image.models.artefact import Artefact
 from provider_image.models.catalogue import ModelRow
 from provider_image.precision import TOLERANCE
@@ -28,12 +29,18 @@ class _Recipe:
     #: The name in `backends.opencv.METHODS`, and what its factory gets.
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    #: Returns the further files of the artefact, by name.
+    make_files: Callable[[], Mapping[str, bytes]] = dict
     #: Part of the digest. Change it whenever results change.
     recipe: str
 
 
 #: Model -> how it is made.
 _RECIPES = {
+    "crop": _Recipe(method="copy", recipe="crop-1"),
+    "face_crop": _Recipe(method="copy", recipe="crop-1"),
+    "face_detector": _Recipe(method="cascades", make_files=make_files, recipe="cascades-1"),
+    "face_quality": _Recipe(method="face_quality", recipe="face-quality-1"),
     "denoise": _Recipe(method="denoise", recipe="denoise-1"),
     "quality": _Recipe(method="quality", recipe="quality-1"),
 }
@@ -47,7 +54,10 @@ def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float
     """
     made = _RECIPES[row.name]
     with build_folder(models, row.name) as folder:
-        content = write_method(folder, made.method, made.options)
+        content, files = write_method(folder, made.method, made.options), made.make_files()
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        names = [METHOD_FILE, *files]
         draft = begin_artefact(
             row,
             backend="opencv",
@@ -55,9 +65,9 @@ def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float
             recipe=made.recipe,
             reference=f"opencv {import_opencv().__version__}",
         )
-        draft = with_files(replace(draft, folder=folder), [METHOD_FILE])
+        draft = with_files(replace(draft, folder=folder), names)
         if not again and (found := find_same(models, draft)) is not None:
             return found
         images = self_test_images()
         samples = write_samples(folder, images, answer_images(draft, images))
-        return install(replace(draft, samples=samples), folder, models, [METHOD_FILE])
+        return install(replace(draft, samples=samples), folder, models, names)

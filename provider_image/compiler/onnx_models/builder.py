@@ -9,7 +9,7 @@ where it gives other results than onnxruntime, the artefact is for the backend `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from provider_image.backends.onnxruntime import GRAPH_FILE, import_onnxruntime, 
 from provider_image.backends.openvino import import_openvino
 from provider_image.compiler.custom import (
     CustomModel,
+    Labels,
     begin_custom,
     check_classes,
     check_description,
@@ -27,6 +28,14 @@ from provider_image.compiler.custom import (
 from provider_image.compiler.installing import build_folder
 from provider_image.compiler.keras_graph import preprocess
 from provider_image.compiler.labels import read_labels
+from provider_image.compiler.onnx_models.endings import (
+    MAX_OUTPUTS,
+    DetectorRows,
+    Ending,
+    Operations,
+    Probabilities,
+    UnitVector,
+)
 from provider_image.compiler.onnx_models.file import check_onnx_file, check_shapes, import_onnx, missing
 from provider_image.compiler.self_test import self_test_images
 from provider_image.compiler.verification import install_as_it_is, verify_and_install
@@ -53,12 +62,6 @@ _ACTIVATIONS = {
     "Relu": "relu",
     "Tanh": "tanh",
     **dict.fromkeys(("Gemm", "MatMul", "Conv", "GlobalAveragePool", "AveragePool", "ReduceMean"), "linear"),
-}
-#: What each head of `keras_graph.HEADS` means for the user.
-_FOUND = {
-    "none": "the output is probabilities",
-    "softmax": "the output is logits; a softmax is added",
-    "complement": "the output is the probability of the second class; that of the first is added",
 }
 
 
@@ -92,15 +95,15 @@ def build(
     :raises NotInstalled: the models folder cannot be written.
     """
     check_description(models, custom)
-    assert custom.labels is not None
-    labels = read_labels(custom.labels)
+    labels = () if custom.labels is None else read_labels(custom.labels)
+    is_detector = custom.service == "face_detection"
     try:
         runtime = import_onnxruntime()
     except ImportError as error:
         raise missing(error) from error
     with build_folder(models, custom.name) as folder:
         on_step("checking the file")
-        checked = check_onnx_file(custom.file)
+        checked = check_onnx_file(custom.file, MAX_OUTPUTS if is_detector else 1)
         network = checked.model
         preprocessing = custom.preprocessing or checked.preprocessing or "none"
         if preprocessing == "caffe" and custom.channels is not None:
@@ -110,7 +113,9 @@ def build(
         size = find_size(taken.sides, custom)
         draft = begin_custom(
             custom,
-            size=size,
+            # A detector gets images as they are, and returns boxes in their pixels.
+            size=(0, 0) if is_detector else size,
+            tile=size if is_detector else (0, 0),
             labels=labels,
             preprocessing=preprocessing,
             weights_sha256=checked.sha256,
@@ -125,22 +130,40 @@ def build(
         reference = Reference(network, draft, taken)
         arrays = [decode(data, *size, draft.crop) for data in self_test_images().values()]
         try:
-            outputs = [reference.output(array) for array in arrays]
+            outputs = [reference.outputs(array) for array in arrays]
         except Exception as error:  # onnxruntime's errors have no base in common
             raise failed_on_images(draft, error) from error
-        check_classes(_count_classes(outputs), labels)
-        outputs = [each.reshape(-1) for each in outputs]
-        head = choose_head(outputs, last_activation(network), custom.returns)
-        on_step(_FOUND[head])
-        complete = _complete(network, draft, taken, head)
+        ending = _find_ending(custom, network, outputs, size, labels)
+        on_step(ending.found)
+        if custom.service == "embedding":
+            draft = replace(draft, dimensions=ending.shape[1])
+        complete, operations, names = begin_complete(network, draft, taken)
+        complete = end_complete(complete, ending.add(operations, names), ending.shape)
 
-        def probabilities(arrays: Arrays) -> Arrays:
-            return [_apply_head(reference.output(array).reshape(-1), head) for array in arrays]
+        def results(arrays: Arrays) -> Arrays:
+            return [ending.apply(reference.outputs(array)) for array in arrays]
 
         on_step("converting")
         return install_complete(
-            complete, folder, models, draft, reference=probabilities, f16_within=f16_within, on_step=on_step
+            complete, folder, models, draft, reference=results, f16_within=f16_within, on_step=on_step
         )
+
+
+def _find_ending(
+    custom: CustomModel, network: Any, outputs: Sequence[Arrays], size: tuple[int, int], labels: Labels
+) -> Ending:
+    """Choose what is put behind a network, by its outputs for each image of the self-test.
+
+    :raises UnsuitableModel: they are not what its service takes.
+    """
+    if custom.service == "face_detection":
+        return DetectorRows(outputs[0], *size)
+    only = [each[0] for each in outputs]
+    if custom.service == "embedding":
+        return UnitVector(only)
+    check_classes(_count_classes(only), labels)
+    head = choose_head([each.reshape(-1) for each in only], last_activation(network), custom.returns)
+    return Probabilities(head, len(labels))
 
 
 def install_complete(
@@ -232,7 +255,12 @@ class Reference:
         self._taken = taken
 
     def output(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return the network's output for a decoded image, uint8 (height, width, 3), as f32."""
+        """Return the network's only output for a decoded image, uint8 (height, width, 3), as f32."""
+        (found,) = self.outputs(array)
+        return found
+
+    def outputs(self, array: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        """Return the network's outputs for a decoded image, likewise."""
         import numpy as np
 
         pixels = preprocess(array.astype(np.float32), self._preprocessing)
@@ -241,8 +269,8 @@ class Reference:
         if self._taken.is_channels_first:
             pixels = pixels.transpose(2, 0, 1)
         pixels = np.ascontiguousarray(pixels, np.float32).astype(self._taken.dtype)
-        (output,) = self._session.run(None, {self._session.get_inputs()[0].name: pixels[None]})
-        return np.asarray(output, np.float32)
+        found = self._session.run(None, {self._session.get_inputs()[0].name: pixels[None]})
+        return [np.asarray(output, np.float32) for output in found]
 
 
 def _count_classes(outputs: Arrays) -> int:
@@ -267,45 +295,6 @@ def last_activation(network: Any) -> str | None:
     return None
 
 
-def _apply_head(output: np.ndarray[Any, Any], head: str) -> np.ndarray[Any, Any]:
-    """Apply a head of `keras_graph.HEADS` to a network's output, shape (classes,)."""
-    import numpy as np
-
-    if head == "softmax":
-        powers = np.exp(output.astype(np.float64) - output.max())
-        return np.asarray(powers / powers.sum(), np.float32)
-    if head == "complement":
-        return np.concatenate([1 - output, output])
-    return output
-
-
-class Operations:
-    """Adds operations of ONNX to a graph, after those that are there."""
-
-    def __init__(self, graph: Any) -> None:
-        self._onnx = import_onnx()
-        self._graph = graph
-        self._count = 0
-
-    def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
-        """Add an operation. :return: the name of its value."""
-        name = self._name()
-        self._graph.node.append(self._onnx.helper.make_node(operator, inputs, [name], **attributes))
-        return name
-
-    def constant(self, values: Any, dtype: str) -> str:
-        """Add a constant. :return: its name."""
-        import numpy as np
-
-        name = self._name()
-        self._graph.initializer.append(self._onnx.numpy_helper.from_array(np.asarray(values, dtype), name))
-        return name
-
-    def _name(self) -> str:
-        self._count += 1
-        return f"mlg{self._count}"
-
-
 class Pixels:
     """A value of a graph, to which `keras_graph.preprocess` adds its operations as if it were an array."""
 
@@ -328,26 +317,11 @@ class Pixels:
         return self._operations.constant(values, "float32")
 
 
-def _complete(network: Any, draft: Artefact, taken: NetworkInput, head: str) -> bytes:
-    """Put preprocessing and head around a network.
-
-    :return: an ONNX file: uint8 RGB (1, height, width, 3) in, probabilities (1, labels) out.
-    """
-    complete, operations, name = begin_complete(network, draft, taken)
-    name = operations.add("Reshape", name, operations.constant([1, -1], "int64"))
-    if head == "softmax":
-        name = operations.add("Softmax", name, axis=1)
-    elif head == "complement":
-        other = operations.add("Sub", operations.constant([[1]], "float32"), name)
-        name = operations.add("Concat", other, name, axis=1)
-    return end_complete(complete, name, (1, len(draft.labels)))
-
-
-def begin_complete(network: Any, draft: Artefact, taken: NetworkInput) -> tuple[Any, Operations, str]:
+def begin_complete(network: Any, draft: Artefact, taken: NetworkInput) -> tuple[Any, Operations, list[str]]:
     """Put preprocessing in front of a network.
 
-    :return: an onnx.ModelProto that takes uint8 RGB (1, height, width, 3), what adds operations to it, and the name of
-        the network's output, as f32.
+    :return: an onnx.ModelProto that takes uint8 RGB (1, height, width, 3), what adds operations to it, and the names
+        of the network's outputs, as f32.
     """
     onnx = import_onnx()
     types = onnx.TensorProto
@@ -370,7 +344,7 @@ def begin_complete(network: Any, draft: Artefact, taken: NetworkInput) -> tuple[
         onnx.helper.make_node("Cast", [name], [original.name], to=original.type.tensor_type.elem_type)
     )
     complete.graph.node.extend(network.graph.node)
-    return complete, operations, operations.add("Cast", network.graph.output[0].name, to=types.FLOAT)
+    return complete, operations, [operations.add("Cast", each.name, to=types.FLOAT) for each in network.graph.output]
 
 
 def end_complete(complete: Any, name: str, shape: tuple[int, ...]) -> bytes:

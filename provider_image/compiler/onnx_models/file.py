@@ -95,7 +95,8 @@ _PIXEL_RANGES = {"NominalRange_0_255": "none", "Normalized_0_1": "unit", "Normal
 class CheckedNetwork:
     """A network that other programs may read."""
 
-    #: An onnx.ModelProto with only what was checked, and all weights in it. It has one input and one output.
+    #: An onnx.ModelProto with only what was checked, and all weights in it. It has one input, and one output unless
+    #: more were allowed.
     model: Any
     #: Digest of the file, and of the files beside it that have weights.
     sha256: str
@@ -122,9 +123,10 @@ def missing(error: ImportError) -> CompilerMissing:
     )
 
 
-def check_onnx_file(path: Path) -> CheckedNetwork:
+def check_onnx_file(path: Path, max_outputs: int = 1) -> CheckedNetwork:
     """Check an ONNX file and copy what was checked.
 
+    :param max_outputs: most outputs of its network.
     :raises WeightsMissing: there is no such file, or none that it names beside it.
     :raises UnsafeModelFile: it has something that is not allowed; names the part.
     :raises UnsuitableModel: its network is not one of an image.
@@ -140,7 +142,7 @@ def check_onnx_file(path: Path) -> CheckedNetwork:
     del data
     weights = _Weights(onnx, path.parent)
     try:
-        copy = _copy_model(onnx, model, weights)
+        copy = _copy_model(onnx, model, weights, max_outputs)
     except UnsafeModelFile as error:
         raise UnsafeModelFile(f"{path.name} is refused. {error.reason}") from error
     for each in weights.sha256s():
@@ -175,7 +177,7 @@ def check_shapes(model: Any) -> None:
             )
 
 
-def _copy_model(onnx: Any, model: Any, weights: _Weights) -> Any:
+def _copy_model(onnx: Any, model: Any, weights: _Weights, max_outputs: int) -> Any:
     """Copy a model with new names. :raises UnsafeModelFile: it has something that is not allowed."""
     graph = model.graph
     if not graph.node:
@@ -198,18 +200,23 @@ def _copy_model(onnx: Any, model: Any, weights: _Weights) -> Any:
     inputs = [each for each in graph.input if each.name not in initialised]
     if len(inputs) != 1:
         raise UnsuitableModel(f"The model takes {len(inputs)} inputs. Only classifiers of one image are supported.")
-    if len(graph.output) != 1:
+    if not 1 <= len(graph.output) <= max_outputs:
         raise UnsuitableModel(
-            f"The model has {len(graph.output)} outputs. Only classifiers with one output are supported: cut the "
-            "others off with onnx.utils.extract_model."
+            f"The model has {len(graph.output)} outputs. "
+            + (
+                "Only models with one output are supported: cut the others off with onnx.utils.extract_model."
+                if max_outputs == 1
+                else f"Only models with up to {max_outputs} outputs are supported."
+            )
         )
     copy.graph.input.append(_copy_value(onnx, inputs[0], names.define(inputs[0].name)))
     for tensor in graph.initializer:
         copy.graph.initializer.append(weights.copy(tensor, names.define(tensor.name)))
     for node in graph.node:
         _copy_node(onnx, node, copy.graph.node.add(), names, weights)
-    copy.graph.output.append(_copy_value(onnx, graph.output[0], names.find(graph.output[0].name)))
-    copy.graph.output[0].type.tensor_type.ClearField("shape")  # what it really is, is seen when it runs
+    for output in graph.output:
+        copy.graph.output.append(_copy_value(onnx, output, names.find(output.name)))
+        copy.graph.output[-1].type.tensor_type.ClearField("shape")  # what it really is, is seen when it runs
     return copy
 
 

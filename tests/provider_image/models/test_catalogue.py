@@ -36,6 +36,11 @@ def test_catalogue_has_the_sixteen_keras_models_the_starter_newer_ones_transform
         *["mobilenet_v2", "efficientnetv2_b0", "convnext_tiny"],
         *["vit_base_patch16_224", "vit_large_patch16_224", "deit_base", "deit_base_distilled", "beit_base"],
         *["denoise", "quality", "texture", "style_vgg19"],
+        "crop",
+        "face_crop",
+        "face_detector",
+        "face_pictures",
+        "face_quality",
     }
 
 

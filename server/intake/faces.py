@@ -1,0 +1,25 @@
+"""The rules for requests to models that take images of faces, which are biometric data.
+
+Used by `server/intake/accept.py` and by the pages. A request is accepted only if the operator has turned faces on, and
+it is deleted after MLG_FACES_RETENTION with all that belongs to it. Who may compute it is in
+`batcher/executors/trusted.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from server.errors import FacesDisabled
+from server.intake.request_options import RequestOptions
+from server.settings import ServerSettings
+
+
+def check_faces(settings: ServerSettings, options: RequestOptions) -> RequestOptions:
+    """Return the options of a request to such a model: what it leaves is kept only as long as the operator allows.
+
+    :raises FacesDisabled: the operator has not turned faces on.
+    """
+    if not settings.faces:
+        raise FacesDisabled()
+    seconds = settings.faces_seconds if options.keep_seconds is None else options.keep_seconds
+    return replace(options, keep_seconds=min(seconds, settings.faces_seconds))
