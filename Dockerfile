@@ -21,6 +21,7 @@ COPY batcher /src/batcher
 COPY mlg_client /src/mlg_client
 COPY cli /src/cli
 COPY devnet /src/devnet
+COPY telegram_bot /src/telegram_bot
 COPY trainer /src/trainer
 COPY scripts/prune_runtime /src/
 # pip and setuptools first, at fixed versions, and no others for building mlg. Removes pip and the parts of openvino for

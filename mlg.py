@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("cli.training.train:train", "Train your own classifier on a server."),
     "evaluate": ("cli.training.evaluate:evaluate", "Ask a model on examples whose answers are known."),
     "trainings": ("cli.training.trainings:trainings", "List, show or cancel trainings."),
+    "telegram": ("cli.clients.telegram:telegram", "Run a Telegram bot that sends photos to a server."),
     "requests": ("cli.requests:requests", "List, show, retry or cancel requests."),
     "collections": ("cli.collections:collections", "Find similar images, near-duplicates and groups."),
     "pipelines": ("cli.pipelines.pipelines:pipelines", "List, check or draw pipelines of models."),

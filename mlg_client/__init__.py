@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ssl
 import sys
 import time
@@ -184,10 +185,16 @@ class AsyncClient(CollectionCalls):
 
 def _http_options(url: str, connections: int) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    return {"limits": limits, "verify": ssl.create_default_context(), "trust_env": _uses_proxies(url)}
+    return {"limits": limits, "verify": _ssl_context(), "trust_env": uses_proxies(url)}
 
 
-def _uses_proxies(url: str) -> bool:
+@functools.cache
+def _ssl_context() -> ssl.SSLContext:
+    """Return what all clients of a process share: it takes a megabyte."""
+    return ssl.create_default_context()
+
+
+def uses_proxies(url: str) -> bool:
     """Tell whether to use the proxies of the environment: not for a server on this machine."""
     try:
         return urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")

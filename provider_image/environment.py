@@ -14,7 +14,9 @@ from typing import Any, Self
 from provider_image.errors import ConfigError
 
 #: Variables that give access to money or to accounts.
-_SECRETS = frozenset({"YAGNA_APPKEY", "YAGNA_AUTOCONF_APPKEY", "MLG_API_KEY", "REGISTRY_USER", "REGISTRY_TOKEN"})
+_SECRETS = frozenset(
+    {"YAGNA_APPKEY", "YAGNA_AUTOCONF_APPKEY", "MLG_API_KEY", "MLG_TELEGRAM_TOKEN", "REGISTRY_USER", "REGISTRY_TOKEN"}
+)
 _TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
 _FALSE_WORDS = frozenset({"0", "false", "no", "off", ""})
 

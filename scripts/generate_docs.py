@@ -25,7 +25,7 @@ from batcher.executors import REGISTRY
 
 ROOT = Path(__file__).parents[1]
 #: What belongs to the program; a package that does not exist is skipped.
-PACKAGES = ("cli", "server", "batcher", "store", "provider_image", "devnet", "mlg_client", "trainer")
+PACKAGES = ("cli", "server", "batcher", "store", "provider_image", "devnet", "mlg_client", "trainer", "telegram_bot")
 #: Settings record -> heading of its table, in the order of the file. Those of executors follow, found through their
 #: registry. All other records share the last one.
 HEADINGS = {
@@ -33,6 +33,7 @@ HEADINGS = {
     "ServerSettings": "Server",
     "BatcherSettings": "Batcher",
     "FallbackSettings": "Batcher",
+    "TelegramSettings": "Telegram bot",
 }
 OTHER_HEADING = "Provider image and weights"
 #: Tag of the API description -> heading of its table, in the order of the file.

@@ -135,7 +135,10 @@ def test_every_setting_in_the_files_exists() -> None:
         *(ROOT / "batcher").rglob("*.py"),
         *(
             ROOT / f"{each}.py"
-            for each in ("provider_image/environment", "store/settings", "server/settings", "cli/logs")
+            for each in (
+                *("provider_image/environment", "store/settings", "server/settings", "telegram_bot/settings"),
+                "cli/logs",
+            )
         ),
     ]
     for path in sources:
@@ -173,6 +176,8 @@ def unit(path: Path) -> dict[str, dict[str, list[str]]]:
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
 def test_a_unit_runs_a_command_that_exists_and_is_restricted(path: Path) -> None:
     service = unit(path)["Service"]
+    # The bot has a user and a state of its own: it needs nothing of the server but its address.
+    folder = "mlg-telegram" if path.stem == "mlg-telegram" else "mlg"
 
     check_command(service["ExecStart"][0].split())
     for name, value in (
@@ -181,11 +186,11 @@ def test_a_unit_runs_a_command_that_exists_and_is_restricted(path: Path) -> None
         ("CapabilityBoundingSet", ""),
         ("ProtectHome", "yes"),
         ("PrivateTmp", "yes"),
-        ("StateDirectory", "mlg"),
+        ("StateDirectory", folder),
         ("KillMode", "mixed"),
     ):
         assert service[name] == [value]
-    assert service["Environment"] == [f"MLG_HOME=/var/lib/{service['StateDirectory'][0]}"]
+    assert service["Environment"][0] == f"MLG_HOME=/var/lib/{folder}"
     assert service["User"] not in ([], ["root"])
 
 
@@ -195,8 +200,8 @@ def test_gftp_of_the_batcher_finds_the_socket_of_the_daemon_in_spite_of_private_
 
     assert f"#{address}\n" in (DEPLOY / "systemd" / "mlg.env").read_text()
     assert address.startswith(f"GSB_URL=unix:/run/{daemon['RuntimeDirectory'][0]}/")
-    for path in UNITS:
-        assert unit(path)["Service"]["Group"] == daemon["Group"]
+    for name in ("mlg-batcher", "mlg-batch"):
+        assert unit(DEPLOY / "systemd" / f"{name}.service")["Service"]["Group"] == daemon["Group"]
 
 
 def test_only_the_timer_starts_a_single_run() -> None:

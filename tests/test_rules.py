@@ -20,13 +20,25 @@ BELOW = {
     "devnet": {"provider_image"},
     "trainer": {"provider_image", "store"},
     "mlg_client": set(),
-    "cli": {"provider_image", "store", "server", "batcher", "devnet", "mlg_client", "trainer"},
+    "telegram_bot": {"provider_image", "mlg_client"},
+    "cli": {"provider_image", "store", "server", "batcher", "devnet", "mlg_client", "trainer", "telegram_bot"},
 }
 PACKAGES = tuple(BELOW)
 #: Never loaded by importing a module, only inside the function that needs it.
 HEAVY = ("tensorflow", "keras", "openvino", "onnx", "onnxruntime", "cv2", "yapapi", "ray", "torch", "sklearn")
 #: The command line starts quickly because these come with the command that needs them.
-HEAVY_IN_COMMANDS = (*HEAVY, "flask", "granian", "apscheduler", "httpx", "rich", "numpy", "PIL", "sqlite_utils")
+HEAVY_IN_COMMANDS = (
+    *HEAVY,
+    "flask",
+    "granian",
+    "apscheduler",
+    "httpx",
+    "rich",
+    "numpy",
+    "PIL",
+    "sqlite_utils",
+    "telegram",
+)
 #: Folders and modules of a package, lowest level first: each imports only from its own level and those below. `*` is
 #: everything that is not named.
 LEVELS = {
@@ -173,7 +185,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     loaded = loaded_by(
         "import mlg, cli.serve, cli.submit, cli.requests, cli.models, cli.compile, cli.image, cli.keys, cli.webhooks,"
         " cli.operate, cli.batch, cli.up, cli.collections, cli.rentals.costs, cli.rentals.bills, cli.rentals.providers,"
-        " cli.rentals.golem, cli.rentals.devnet"
+        " cli.rentals.golem, cli.rentals.devnet, cli.clients.telegram"
     )
 
     assert not loaded & set(HEAVY_IN_COMMANDS)
@@ -181,7 +193,8 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
 
 def test_async_stays_where_many_waits_happen_at_once() -> None:
     modules = ("executors/", "cycle", "progress", "scheduler", "trainings", "waiting")
-    allowed = (*(f"batcher/{module}" for module in modules), "devnet/", "cli/rentals/devnet", "mlg_client/")
+    others = ("devnet/", "cli/rentals/devnet", "cli/clients/telegram", "mlg_client/", "telegram_bot/")
+    allowed = (*(f"batcher/{module}" for module in modules), *others)
     for path in all_modules():
         place = str(path.relative_to(ROOT))
         has_async = any(isinstance(node, ast.AsyncFunctionDef) for node in ast.walk(ast.parse(path.read_text())))

@@ -21,6 +21,7 @@ NAMES = (
     "slow_clients",
     "startup",
     "style",
+    "telegram",
     "training",
     "uploads",
 )

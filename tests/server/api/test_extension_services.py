@@ -337,3 +337,10 @@ def test_answers_of_a_service_that_was_removed_can_still_be_read(
     assert client.get(f"/readPrediction/{id}").json["preds"]["levels"] == 4
     assert client.get(f"/requests/{id}/files/poster.png").status_code == 200
     assert client.get("/ui/requests", headers={"Accept": "text/html"}).status_code == 200
+
+
+def test_the_list_of_models_says_what_each_takes(client: flask.testing.FlaskClient) -> None:
+    inputs = {model["name"]: model["inputs"] for model in client.get("/models").json["models"]}
+
+    assert inputs["blend_even"] == [{"name": name, "kind": "image", "optional": False} for name in ("image", "style")]
+    assert [(one["name"], one["optional"]) for one in inputs["iris_means"]] == [("row", False), ("note", True)]
