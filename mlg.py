@@ -32,6 +32,8 @@ COMMANDS = {
     "providers": ("cli.rentals.providers:providers", "List, ban or unban providers."),
     "golem": ("cli.rentals.golem:golem", "Check the connection to the Golem network."),
     "keys": ("cli.keys:keys", "Create, list or revoke API keys."),
+    "load": ("cli.load.load:load", "Measure how a server of your own answers under load."),
+    "usage": ("cli.clients.usage:usage", "Show what API keys have sent, how it ended and what it cost."),
     "webhooks": ("cli.webhooks:webhooks", "Notify other programs when a request or a batch is done."),
     "operate": ("cli.operate:operate", "Pause, resume or drain the batchers, or show their status."),
     "devnet": ("cli.rentals.devnet:devnet", "Run a simulated Golem network on this machine."),

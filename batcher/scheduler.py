@@ -281,6 +281,7 @@ class Batcher:
                 self._store.retention.purge,
                 images_before=now - timedelta(seconds=self._home_settings.keep_images_seconds),
                 results_before=now - timedelta(seconds=self._home_settings.keep_results_seconds),
+                usage_before=now - timedelta(seconds=self._home_settings.keep_usage_seconds),
                 now=now,
             )
         except (StoreError, OSError) as error:

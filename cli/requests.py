@@ -14,6 +14,7 @@ from cli.open_store import open_store
 from cli.options import environment, file_option, home_option, json_option
 from cli.tables import make_table, print_json_lines, print_records, print_table
 from provider_image.errors import MlgError
+from store.clients.usage import ClientKind
 from store.settings import HomeSettings
 
 if TYPE_CHECKING:
@@ -209,7 +210,9 @@ def redo(
             for count in ("existing", "without_inputs", "unsuitable"):
                 totals[count] += getattr(plan, count)
             if not dry_run:
-                report = redo.add(plan, target, name=name, webhook=None, charged_key_id=None)
+                report = redo.add(
+                    plan, target, name=name, webhook=None, charged_key_id=None, client=ClientKind.OWN_CLIENT
+                )
                 totals["added"] += report.added
                 for added in report.batches:
                     shown = {"batch_id": added.id, "accepted": added.total, "key_id": added.key_id}

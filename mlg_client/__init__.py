@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from mlg_client.calls import DEFAULT_URL, IN_FLIGHT
+from mlg_client.calls import DEFAULT_URL, IN_FLIGHT, USER_AGENT
 from mlg_client.collections import CollectionCalls
 from mlg_client.errors import ClientError, Refused, StillWaiting, Unavailable, Unreachable
 from mlg_client.methods import run
@@ -63,6 +63,7 @@ class Client(CollectionCalls):
     :param retry_timeout_seconds: how long to retry while the server is busy or unreachable.
     :param timeout_seconds: maximum time for one response.
     :param connections: maximum number of open connections.
+    :param user_agent: what the program calls itself.
     :param transport: httpx transport for all requests; None uses the network.
     :param pause: called with the seconds to wait between two attempts.
     """
@@ -78,10 +79,17 @@ class Client(CollectionCalls):
         retry_timeout_seconds: float = 60.0,
         timeout_seconds: float = 30.0,
         connections: int = IN_FLIGHT,
+        user_agent: str = USER_AGENT,
         transport: httpx.BaseTransport | None = None,
         pause: Callable[[float], object] = time.sleep,
     ) -> None:
-        super().__init__(url, api_key, retry_timeout_seconds=retry_timeout_seconds, timeout_seconds=timeout_seconds)
+        super().__init__(
+            url,
+            api_key,
+            retry_timeout_seconds=retry_timeout_seconds,
+            timeout_seconds=timeout_seconds,
+            user_agent=user_agent,
+        )
         self._http = httpx.Client(transport=transport, **_http_options(self.url, connections))
         self._pause = pause
 
@@ -140,10 +148,17 @@ class AsyncClient(CollectionCalls):
         retry_timeout_seconds: float = 60.0,
         timeout_seconds: float = 30.0,
         connections: int = IN_FLIGHT,
+        user_agent: str = USER_AGENT,
         transport: httpx.AsyncBaseTransport | None = None,
         pause: Callable[[float], Coroutine[Any, Any, object]] = asyncio.sleep,
     ) -> None:
-        super().__init__(url, api_key, retry_timeout_seconds=retry_timeout_seconds, timeout_seconds=timeout_seconds)
+        super().__init__(
+            url,
+            api_key,
+            retry_timeout_seconds=retry_timeout_seconds,
+            timeout_seconds=timeout_seconds,
+            user_agent=user_agent,
+        )
         self._http = httpx.AsyncClient(transport=transport, **_http_options(self.url, connections))
         self._pause = pause
 

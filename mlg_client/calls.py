@@ -27,6 +27,8 @@ from mlg_client.records import FINAL, Batch, Model, Request
 from mlg_client.sse import Event
 from mlg_client.uploads import Image, ImageUpload, Inputs, find_images, form_fields, load, split
 
+#: What the client calls itself; servers count requests by this word in it.
+USER_AGENT = "mlg_client"
 DEFAULT_URL = "http://127.0.0.1:5000"
 #: How long one read asks the server to hold the response.
 HOLD_SECONDS = 5.0
@@ -55,7 +57,13 @@ class Calls(abc.ABC):
     _http: httpx.Client | httpx.AsyncClient
 
     def __init__(
-        self, url: str | None, api_key: str | None, *, retry_timeout_seconds: float, timeout_seconds: float
+        self,
+        url: str | None,
+        api_key: str | None,
+        *,
+        retry_timeout_seconds: float,
+        timeout_seconds: float,
+        user_agent: str,
     ) -> None:
         self.url = (url or os.environ.get("MLG_URL") or DEFAULT_URL).rstrip("/")
         #: How long one read asks the server to hold the response; may be changed.
@@ -63,7 +71,7 @@ class Calls(abc.ABC):
         self._retry_timeout_seconds = retry_timeout_seconds
         self._timeout_seconds = timeout_seconds
         key = api_key if api_key is not None else os.environ.get("MLG_API_KEY")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._headers = {"User-Agent": user_agent, **({"Authorization": f"Bearer {key}"} if key else {})}
         #: False once the server has answered that it has no batches.
         self._has_batches = True
 
@@ -366,6 +374,23 @@ class Calls(abc.ABC):
         """List the server's models."""
         answer = await self._send("GET", "/models")
         return [Model.from_answer(model) for model in answer["models"]]
+
+    # Usage
+
+    @ClientMethod
+    async def usage(
+        self, *, since: str | None = None, until: str | None = None, by: str = "day", key: str | None = None
+    ) -> Mapping[str, Any]:
+        """Read how much the API key has used, and what is left of its quotas.
+
+        :param since: first day, UTC, for example "2026-11-20". Defaults to 29 days before the last.
+        :param until: last day. Defaults to today.
+        :param by: some of day, key, model, client, with commas between.
+        :param key: id or name of a key, for operators.
+        """
+        given = {"since": since, "until": until, "by": by, "key": key}
+        params = {name: value for name, value in given.items() if value is not None}
+        return await self._send("GET", "/usage", params=params)
 
     # Private steps of the calls above
 

@@ -42,6 +42,7 @@ TAGS = {
     "batches": "Groups of images",
     "requests": "Requests",
     "collections": "Collections",
+    "usage": "Usage",
     "events": "Live events",
     "webhooks": "Webhook messages",
     "models": "Models",

@@ -20,6 +20,7 @@ from server.api.views.operator import OperatorViews
 from server.api.views.predictions import PredictionViews
 from server.api.views.requests import RequestViews
 from server.api.views.trainings import TrainingViews
+from server.api.views.usage import UsageViews
 from server.api.views.webhooks import WebhookViews
 from server.auth.guard import install_guard
 from server.auth.memory import RequestMemory
@@ -36,6 +37,7 @@ from server.pages.pipelines import PipelineViews
 from server.pages.render import RenderViews
 from server.pages.requests import RequestPageViews
 from server.pages.trainings import TrainingPageViews
+from server.pages.usage import UsagePageViews
 from server.settings import ServerSettings
 from store.store import Store
 
@@ -49,6 +51,7 @@ VIEWS: tuple[type[Views], ...] = (
     CollectionViews,
     EventViews,
     TrainingViews,
+    UsageViews,
     WebhookViews,
     OperatorViews,
     RenderViews,
@@ -60,6 +63,7 @@ VIEWS: tuple[type[Views], ...] = (
     TrainingPageViews,
     FacesViews,
     PipelineViews,
+    UsagePageViews,
     OperatorPageViews,
     ApiReferenceViews,
     LoginViews,

@@ -14,6 +14,7 @@ from provider_image.errors import BadInput, MlgError, TooManyBytes
 from store import errors as store_errors
 from store.batches import BatchInProgress, BatchStopped, DuplicateClientId
 from store.clients.idempotency import IdempotencyKeyReused
+from store.clients.keys import UnknownKey
 from store.clients.webhooks import UnknownWebhook
 from store.collections.collections import CollectionExists
 from store.collections.likeness import ComparisonTooLong
@@ -160,7 +161,14 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
     400: (BadInput,),
     401: (KeyMissing, KeyRefused),
     403: (AccessRefused,),
-    404: (errors.UnknownModel, store_errors.UnknownRequest, UnknownProvider, UnknownVersion, UnknownWebhook),
+    404: (
+        errors.UnknownModel,
+        store_errors.UnknownRequest,
+        UnknownKey,
+        UnknownProvider,
+        UnknownVersion,
+        UnknownWebhook,
+    ),
     409: (
         store_errors.NotCancellable,
         store_errors.NotRetryable,

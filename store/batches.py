@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from provider_image.errors import MlgError
 from store.amounts import equal_share, total
-from store.clients.keys import count_images
+from store.clients.usage import ClientKind, Sender, count_accepted
 from store.database import Database, Transaction, WriteFunction
 from store.errors import QuotaReached, StoreError, StoreUnavailable, UnknownRequest
 from store.images import ImageStore, StagedImage
@@ -46,6 +46,7 @@ from store.requests import (
     answer_known,
     delete_requests,
     find_answer,
+    input_bytes,
     insert_requests,
     read_requests,
     replacing_items,
@@ -253,6 +254,10 @@ def _batch_row(batch: BatchRecord, **others: Any) -> dict[str, Any]:
     return row
 
 
+def _sender(batch: BatchRecord, key_id: str | None, client: ClientKind) -> Sender:
+    return Sender(key_id=key_id, client=client, model=batch.model, at=to_text(batch.created_at))
+
+
 def _make_lease(batch: BatchRecord) -> Callable[[], dict[str, Any]]:
     """Return what makes the parameters of a slice: until when the batch has time for the next one, from now on."""
     started = time.monotonic()
@@ -279,10 +284,12 @@ class Batches:
         refused_items: Sequence[RefusedItem],
         *,
         shared: Mapping[str, StagedImage] = {},
+        client: ClientKind = ClientKind.OTHER,
     ) -> list[RequestRecord]:
         """Add a batch, its requests in this order, and its refused items; return when all are durable.
 
         :param shared: inputs that every request has beside its own, by name; stored once.
+        :param client: the program that sends it.
         :raises StoreError: nothing is left behind, the staged images included.
         :raises QuotaReached: likewise.
         """
@@ -295,8 +302,12 @@ class Batches:
             to_publish.append(staged if to_publish else whole)
             rows.append((new, to_publish[-1], request_row(new, whole)))
         lease = _make_lease(batch)
+        sender = _sender(batch, batch.key_id, client)
+        usage: int | None = None
 
         def begin(transaction: Transaction) -> None:
+            nonlocal usage
+            usage = count_accepted(transaction, sender)
             row = {**values, "arrival_ends_at": lease()["arrival_ends_at"]}
             transaction.execute(f"INSERT INTO {insert_sql('batches', row)}", row)
 
@@ -307,13 +318,13 @@ class Batches:
         def insert(part: slice, transaction: Transaction) -> list[RequestRecord]:
             if not transaction.execute(_ADD_SLICE, {**lease(), "count": len(rows[part])}).rowcount:
                 raise StoreUnavailable("Adding the batch took too long. Send it again, in smaller parts.")
-            return insert_requests(transaction, rows[part])
+            return insert_requests(transaction, rows[part], usage=usage)
 
         def show(transaction: Transaction) -> None:
-            if batch.key_id is not None:
-                # Refused items too: each is work and a row.
-                count = len(items) + len(refused_items)
-                count_images(transaction, batch.key_id, count, now=to_text(batch.created_at))
+            # Only now, as nothing of a batch that is given up counts.
+            count_accepted(
+                transaction, sender, accepted=len(items), refused=len(refused_items), size_bytes=input_bytes(rows)
+            )
             row = transaction.execute(_SHOW, lease()).fetchone()
             if row is None:
                 raise StoreUnavailable("Adding the batch took too long. Send it again, in smaller parts.")
@@ -352,7 +363,12 @@ class Batches:
         return [answered.get(record.number, record) for record in added]
 
     def add_replacements(
-        self, batch: BatchRecord, new: Sequence[NewRequest], *, charged_key_id: str | None
+        self,
+        batch: BatchRecord,
+        new: Sequence[NewRequest],
+        *,
+        charged_key_id: str | None,
+        client: ClientKind = ClientKind.OTHER,
     ) -> tuple[int, MlgError | None]:
         """Add a batch of requests that do earlier ones again, with the inputs of these and without their webhooks.
 
@@ -360,25 +376,27 @@ class Batches:
         adds what is missing. It stops early where the quota ends, and when the batch is cancelled meanwhile.
 
         :param new: in the order of the queue.
-        :param charged_key_id: the key whose quota counts them.
+        :param charged_key_id: the key whose quota and usage count them.
+        :param client: the program that asks for it.
         :return: how many were added, and why it stopped early. Without any there is no batch.
         :raises StoreError: what was added before stays.
         """
         lease = _make_lease(batch)
         row = _batch_row(batch, total=0, refused=0, arrival=_VISIBLE, arrival_ends_at=lease()["arrival_ends_at"])
         added: list[tuple[int, NewItem]] = []
+        sender = _sender(batch, charged_key_id, client)
 
         def insert(part: slice, transaction: Transaction) -> list[tuple[int, NewItem]]:
             items = replacing_items(transaction, new[part])
             if not items:
                 return []
-            if charged_key_id is not None:
-                count_images(transaction, charged_key_id, len(items), now=to_text(batch.created_at))
+            usage = count_accepted(transaction, sender, accepted=len(items), size_bytes=input_bytes(items))
             values = lease()
             transaction.execute(f"INSERT INTO {insert_sql('batches', row)} ON CONFLICT (id) DO NOTHING", row)
             if not transaction.execute(_GROW, {**values, "count": len(items)}).rowcount:
                 raise BatchStopped()
-            return list(zip((one.number for one in insert_requests(transaction, items)), items, strict=True))
+            inserted = insert_requests(transaction, items, usage=usage)
+            return list(zip((one.number for one in inserted), items, strict=True))
 
         stopped_by: MlgError | None = None
         try:

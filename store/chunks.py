@@ -11,6 +11,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from store.amounts import to_amount
+from store.clients.usage import settle_chunk
 from store.database import Database, Transaction
 from store.rentals.ledger import split_invoices
 from store.rows import from_row, insert_sql, to_row, to_text
@@ -147,6 +148,7 @@ class Chunks:
             # The invoice may have come first; then it is split again.
             for changed_agreement_id in {agreement_id, earlier and earlier[0]} - {None}:
                 split_invoices(transaction, changed_agreement_id)
+            settle_chunk(transaction, id)
 
         self._database.write(write)
 

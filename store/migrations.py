@@ -1034,6 +1034,54 @@ def m023_pipelines(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m025_usage(db: sqlite_utils.Database) -> None:
+    """Usage by day, key, model and kind of client, see `clients/usage.py`.
+
+    It begins now: counting what is kept would take long, and would leave out what was deleted. Of the days before, the
+    images of each key are known, in rows without a model.
+    """
+    for statement in (
+        """
+        CREATE TABLE usage (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            day TEXT NOT NULL,
+            key_id TEXT NOT NULL,
+            model TEXT NOT NULL,
+            client TEXT NOT NULL,
+            accepted INTEGER NOT NULL DEFAULT 0 CHECK (accepted >= 0),
+            refused INTEGER NOT NULL DEFAULT 0 CHECK (refused >= 0),
+            done INTEGER NOT NULL DEFAULT 0 CHECK (done >= 0),
+            cached INTEGER NOT NULL DEFAULT 0 CHECK (cached >= 0),
+            failed INTEGER NOT NULL DEFAULT 0 CHECK (failed >= 0),
+            cancelled INTEGER NOT NULL DEFAULT 0 CHECK (cancelled >= 0),
+            expired INTEGER NOT NULL DEFAULT 0 CHECK (expired >= 0),
+            bytes INTEGER NOT NULL DEFAULT 0,
+            microseconds INTEGER NOT NULL DEFAULT 0,
+            cost TEXT NOT NULL DEFAULT '0'
+        )
+        """,
+        "CREATE UNIQUE INDEX usage_key ON usage (key_id, day, model, client)",
+        "CREATE INDEX usage_day ON usage (day)",
+        """
+        CREATE TABLE usage_chunks (
+            chunk_id TEXT NOT NULL,
+            usage INTEGER NOT NULL REFERENCES usage (number) ON DELETE CASCADE,
+            shares TEXT NOT NULL,
+            cost TEXT NOT NULL DEFAULT '0',
+            PRIMARY KEY (chunk_id, usage)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX usage_chunks_usage ON usage_chunks (usage)",
+        "ALTER TABLE requests ADD COLUMN usage INTEGER",
+        """
+        INSERT INTO usage (day, key_id, model, client, accepted)
+        SELECT day, key_id, '', 'other', pictures FROM key_usage WHERE pictures > 0
+        """,
+        "DROP TABLE key_usage",
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -1058,6 +1106,7 @@ STEPS: tuple[Step, ...] = (
     m021_redo,
     m022_progress,
     m023_pipelines,
+    m025_usage,
 )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from provider_image.errors import MlgError
 from store.amounts import equal_share
-from store.clients.keys import count_images
+from store.clients.usage import ClientKind, Sender, add_shares, count_accepted
 from store.collections.members import NewMember, add_members, remove_members_of
 from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
@@ -289,6 +289,8 @@ class NewRequest(RequestFacts):
     collection: int | None = None
     #: Of a request to a pipeline: the pipeline as text, see `Pipeline.to_text`.
     pipeline: str | None = None
+    #: The program that sends it.
+    client: ClientKind = ClientKind.OTHER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -525,7 +527,7 @@ def request_row_of(new: NewRequest, inputs: Mapping[str, Any]) -> dict[str, Any]
         state=str(RequestState.QUEUED),
         digest=None,  # of the answer
     )
-    del row["shares_answers"], row["collection"], row["pipeline"]  # not stored here
+    del row["shares_answers"], row["collection"], row["pipeline"], row["client"]  # not stored here
     return {**row, "due_at": row["created_at"]}
 
 
@@ -549,10 +551,21 @@ def replacing_items(transaction: Transaction, new: Sequence[NewRequest]) -> list
     return items
 
 
-def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> builtins.list[RequestRecord]:
+def input_bytes(items: Iterable[NewItem]) -> int:
+    """Add up the sizes of all inputs of new requests."""
+    return sum(
+        row["image_bytes"] + sum(one.size_bytes for one in files_from_text(row["inputs"]).values())
+        for _, _, row in items
+    )
+
+
+def insert_requests(
+    transaction: Transaction, items: Sequence[NewItem], *, usage: int | None
+) -> builtins.list[RequestRecord]:
     """Publish new inputs and insert their requests as queued; call it inside a write, and then `answer_known`.
 
     :param items: the columns are those that `request_row` returns.
+    :param usage: number of the row that counts them, see `clients/usage.py`; None if none does.
     """
     numbers: list[int] = []
     labels: list[tuple[int, str | None, str]] = []
@@ -561,7 +574,8 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> built
     for new, staged, row in items:
         if staged is not None:
             transaction.publish(staged)
-        number = transaction.execute(f"INSERT INTO {insert_sql('requests', row)}", row).lastrowid
+        columns = {**row, "usage": usage}
+        number = transaction.execute(f"INSERT INTO {insert_sql('requests', columns)}", columns).lastrowid
         assert number is not None
         numbers.append(number)
         if row["labels"] != "{}":
@@ -646,15 +660,15 @@ class Requests:
         :raises StoreBusy: locked for too long.
         :raises StoreUnavailable: read-only or gone.
         :raises DiskFull:
-        :raises QuotaReached: the quota of its key, which is counted in the same commit; see `keys.py`.
+        :raises QuotaReached: the quota of its key, which is counted in the same commit; see `clients/usage.py`.
         """
         row = request_row(new, staged)
 
         def write(transaction: Transaction) -> RequestRecord:
-            if new.key_id is not None:
-                count_images(transaction, new.key_id, 1, now=row["created_at"])
             item = new, staged, row
-            (added,) = insert_requests(transaction, [item])
+            sender = Sender(key_id=new.key_id, client=new.client, model=new.model, at=row["created_at"])
+            usage = count_accepted(transaction, sender, accepted=1, size_bytes=input_bytes([item]))
+            (added,) = insert_requests(transaction, [item], usage=usage)
             answered = answer_known(transaction, [(added.number, item)], now=new.created_at)
             return answered[0] if answered else added
 
@@ -794,10 +808,16 @@ class Requests:
                         counts[row["chunk_id"]] = share + 1
             for one in new_files:
                 transaction.publish(staged[one])
-            transition(transaction, RequestState.DONE, "number = :number", recorded, columns=_ANSWER, now=now)
+            done = transition(transaction, RequestState.DONE, "number = :number", recorded, columns=_ANSWER, now=now)
             _refer_to_files(transaction, references, is_input=False)
             for chunk_id, count in counts.items():
                 transaction.execute(_SET_ANSWERS_OF_CHUNK, (count, chunk_id))
+            usages = {row["number"]: row["usage"] for row in done}
+            shares: dict[tuple[str, int], builtins.list[int]] = defaultdict(builtins.list)
+            for row in recorded:
+                if row["share"] is not None and usages[row["number"]] is not None:
+                    shares[row["chunk_id"], usages[row["number"]]].append(row["share"])
+            add_shares(transaction, shares)
             return len(recorded)
 
         return self._database.write(write)

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 from store.batches import Batches
 from store.changes import Changes
 from store.clients.idempotency import Idempotency
+from store.clients.usage import Usage
 from store.clients.webhooks import Webhooks
 from store.collections.collections import Collections
 from store.database import Database, StepFunction, Transaction
@@ -89,6 +90,7 @@ class Retention:
         providers: Providers,
         collections: Collections,
         trainings: Trainings,
+        usage: Usage,
     ) -> None:
         self._database = database
         self._images = images
@@ -99,6 +101,7 @@ class Retention:
         self._providers = providers
         self._collections = collections
         self._trainings = trainings
+        self._usage = usage
         self._is_stopping = threading.Event()
 
     def stop(self) -> None:
@@ -106,11 +109,14 @@ class Retention:
         self._is_stopping.set()
         self._database.end_background()
 
-    def purge(self, *, images_before: datetime, results_before: datetime, now: datetime) -> PurgeReport:
+    def purge(
+        self, *, images_before: datetime, results_before: datetime, usage_before: datetime | None = None, now: datetime
+    ) -> PurgeReport:
         """Delete what is old, and files that killed processes left. Requests that have not ended are never touched.
 
         :param images_before: images of requests that ended before this time are deleted.
         :param results_before: requests that ended before this time are deleted.
+        :param usage_before: the usage of the days before this time is deleted; None keeps all.
         """
         self._batches.finish_interrupted(now=now)
         self._collections.finish_removals(is_stopping=self._is_stopping.is_set)
@@ -122,6 +128,8 @@ class Retention:
         self._webhooks.purge(before=now - KEEP_DELIVERIES)
         self._idempotency.purge(now=now)
         self._providers.purge(before=now - KEEP_UNUSED)
+        if usage_before is not None:
+            self._usage.purge(before=usage_before)
         leftovers = self._trainings.purge(before=results_before) + self._sweep(now)
         if not self._is_stopping.is_set():
             self._collections.update_caches()

@@ -25,6 +25,9 @@ class HomeSettings(Settings):
     #: Seconds that finished requests are kept. MLG_KEEP_RESULTS_SECONDS. Defaults to 2592000 (30 days).
     keep_results_seconds: float = setting("MLG_KEEP_RESULTS_SECONDS", 30 * 86400.0, minimum=0, maximum=3.2e9)
 
+    #: Seconds that the usage of API keys is kept. MLG_KEEP_USAGE_SECONDS. Defaults to 34560000 (400 days).
+    keep_usage_seconds: float = setting("MLG_KEEP_USAGE_SECONDS", 400 * 86400.0, minimum=2 * 86400, maximum=3.2e9)
+
     @property
     def database(self) -> Path:
         """The SQLite file."""

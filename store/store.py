@@ -21,6 +21,7 @@ from store.changes import Changes
 from store.chunks import Chunks
 from store.clients.idempotency import Idempotency
 from store.clients.keys import Keys
+from store.clients.usage import Usage
 from store.clients.webhooks import Webhooks
 from store.collections.collections import Collections
 from store.database import Database, connect, database_error
@@ -66,6 +67,7 @@ class Store:
         self.decisions = Decisions(self.database)
         self.providers = Providers(self.database)
         self.keys = Keys(self.database)
+        self.usage = Usage(self.database)
         self.stats = Stats(self.database)
         self.idempotency = Idempotency(self.database)
         self.controls = Controls(self.database)
@@ -84,6 +86,7 @@ class Store:
             self.providers,
             self.collections,
             self.trainings,
+            self.usage,
         )
 
     def migrate(self) -> list[str]:

@@ -5,6 +5,7 @@ are committed together or not at all:
 
 - the change feed (`changes`), one row for each change;
 - the totals (`totals`), counted by outcome, for each request that ended;
+- the usage of API keys (`clients/usage.py`), likewise, and less what is retried;
 - the progress of batches (`batches.ended`, `requests.ended_number`), for each request of a batch that ended;
 - the members of collections, for each request that was answered (`collections/members.py`);
 - no progress any more (`processes/progress.py`), for each request that is not claimed any more;
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from store.clients.usage import count_outcomes
 from store.clients.webhooks import host_of
 from store.collections.members import complete_members, label_members
 from store.database import Transaction
@@ -52,8 +54,16 @@ _TIMES = {
 }
 
 #: What follows from these columns; a claim has some more.
-_COLUMNS = "number, id, service, model, created_at, finished_at, code, is_cached, batch_id, key_id, webhook, parent"
+_COLUMNS = """
+    number, id, service, model, created_at, finished_at, code, is_cached, batch_id, key_id, webhook, parent, usage,
+    seconds
+"""
 _COLUMNS_OF_CLAIM = f"{_COLUMNS}, token, params, image_sha256, image_bytes, inputs, attempts, isolation"
+
+#: Of requests that are retried, before they are.
+_RETRIED = (
+    "SELECT usage, state, code, is_cached, seconds FROM requests WHERE {where} AND state IN ('failed', 'cancelled')"
+)
 
 _ADD_CHANGE = "INSERT INTO changes (number, batch_id, state, at) VALUES (?, ?, ?, ?)"
 
@@ -99,6 +109,9 @@ def transition(
     values = {"now": to_text(now)}
     changed: list[Any] = []
     for each in parameters:
+        if to is RequestState.QUEUED:
+            retried = transaction.execute(_RETRIED.format(where=where), {**each, **values}).fetchall()
+            count_outcomes(transaction, [(row, _outcome(row["state"], row)) for row in retried], sign=-1)
         changed += transaction.execute(sql, {**each, **values}).fetchall()
     write_what_follows(transaction, to, changed, now=now)
     return changed
@@ -121,6 +134,7 @@ def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequ
         label_members(transaction, [row["number"] for row in changed])
     if to.is_final:
         _add_to_totals(transaction, to, changed)
+        count_outcomes(transaction, [(row, _outcome(to, row)) for row in changed])
         ended_batches = _number_ends(transaction, changed)
         # A step of a pipeline is a part of another request's answer.
         whole = [row for row in changed if row["parent"] is None]
@@ -133,14 +147,17 @@ def end_empty_batch(transaction: Transaction, batch: Any, *, now: datetime) -> N
     _queue_webhooks(transaction, [_batch_done(batch)], to_text(now))
 
 
+def _outcome(state: str, row: Any) -> str:
+    """Return how a request has ended, as it is counted; see `clients/usage.py`."""
+    if state == RequestState.DONE and row["is_cached"]:
+        return "cached"
+    return EXPIRED if state == RequestState.CANCELLED and row["code"] == EXPIRED else str(state)
+
+
 def _add_to_totals(transaction: Transaction, to: RequestState, ended: Sequence[Any]) -> None:
     totals: dict[tuple[str, str, str, float], list[float]] = defaultdict(list)
     for row in ended:
-        outcome, code = str(to), row["code"]
-        if to is RequestState.DONE and row["is_cached"]:
-            outcome = "cached"
-        elif to is RequestState.CANCELLED and code == EXPIRED:
-            outcome = EXPIRED
+        outcome, code = _outcome(to, row), row["code"]
         seconds = max(0.0, (from_text(row["finished_at"]) - from_text(row["created_at"])).total_seconds())
         up_to = next(bound for bound in DURATION_BUCKETS if seconds <= bound)
         reason = (code or "unknown") if to is RequestState.FAILED else ""

@@ -1,1 +1,1 @@
-"""Commands that are clients of a server, beside `mlg submit`."""
+"""Commands that are clients of a server, beside `mlg submit`, and what clients have used."""

@@ -35,9 +35,9 @@ _REQUEST = """
     VALUES (?, 'classification', ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _ENDED = """
-    SELECT number, id, service, model, created_at, finished_at, code, is_cached, batch_id, key_id, webhook, parent
-    FROM requests
-    WHERE state = ? AND number BETWEEN ? AND ?
+    SELECT number, id, service, model, created_at, finished_at, code, is_cached, batch_id, key_id, webhook, parent,
+           usage, seconds
+    FROM requests WHERE state = ? AND number BETWEEN ? AND ?
 """
 _CHUNK = """
     INSERT INTO chunks (id, batcher_id, executor, provider, service, model, items, bytes_sent, bytes_received,

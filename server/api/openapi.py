@@ -28,7 +28,7 @@ from server.intake.uploads import IDEMPOTENCY_KEY
 VERSION = "3.1.0"
 _EXTENSION = "mlg_openapi"
 #: The order of the headings; others come last.
-_TAGS = ("predictions", "batches", "requests", "collections", "trainings", "events", "models", "server")
+_TAGS = ("predictions", "batches", "requests", "collections", "trainings", "usage", "events", "models", "server")
 #: Used in examples.
 EXAMPLE_MODEL = "efficientnet_lite0"
 EXAMPLE_URL = "http://127.0.0.1:5000"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from provider_image.services import REGISTRY, load_service
+from store.clients.usage import USAGE_BY, ClientKind
 from store.pipelines.definition import PIPELINE
 from store.states import EXPIRED, RequestState
 from store.trainings.records import TrainingKind, TrainingState
@@ -341,6 +342,48 @@ _REDO = success(
     eta_seconds=nullable(number("Of a dry run: estimated seconds until the end; null when unknown.", minimum=0)),
     cost=nullable(string("Of a dry run by an operator: estimated cost in GLM; null when unknown.")),
 )
+_USED = {
+    "accepted": integer("Requests that were accepted; those that have no outcome yet still wait."),
+    "refused": integer("Images that batches refused."),
+    "done": integer("Requests that were answered."),
+    "cached": integer("Requests that were answered with an earlier answer."),
+    "failed": integer("Requests that failed."),
+    "cancelled": integer("Requests that were cancelled."),
+    "expired": integer("Requests whose deadline passed."),
+    "bytes": integer("Size of all inputs."),
+    "seconds": number("Time that models spent on those that are done.", minimum=0),
+    "cost": string("In GLM; a string because a JSON number would lose digits."),
+    "cost_is_final": boolean("False while a part of the cost is an estimate."),
+}
+_USAGE = success(
+    since=string("First day, UTC.", format="date"),
+    until=string("Last day.", format="date"),
+    by=list_of(enum(USAGE_BY, "What the rows are grouped by.")),
+    usage=list_of(
+        object_schema(
+            " ".join(_USED),
+            day=string("UTC.", format="date"),
+            key=string("Id of the API key; empty for requests without one."),
+            key_name=nullable(string("The key's name.")),
+            model=string("The model's canonical name; empty for what was sent before usage was counted by model."),
+            client=enum(ClientKind, "The kind of program, by its User-Agent."),
+            **_USED,
+        ),
+        "The latest day and the most requests first.",
+    ),
+    total=object_schema(**_USED),
+    quotas=list_of(
+        object_schema(
+            key=string("Id of the API key."),
+            key_name=string("Its name."),
+            images_per_day=nullable(integer("Images that it may send in a day, UTC; null if that is not limited.")),
+            requests_per_minute=nullable(integer("Requests that it may send in a minute; null likewise.")),
+            images_today=integer("Images that it has sent today."),
+            images_left=nullable(integer("Images that it may still send today.")),
+        ),
+        "The limits of the keys that have some.",
+    ),
+)
 _CATALOGUE_MODEL = object_schema(
     name=string("The name in paths; case and separators do not matter."),
     title=string("The name for people."),
@@ -422,6 +465,7 @@ def schemas() -> Mapping[str, Schema]:
         "TrainingSubmitted": _TRAINING_SUBMITTED,
         "Versions": success(versions=list_of(_without_success(_TRAINING))),
         "Redo": _REDO,
+        "Usage": _USAGE,
         "Model": _CATALOGUE_MODEL,
         "Models": success(models=list_of(ref("Model"))),
         "Pipelines": success(

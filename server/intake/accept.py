@@ -30,6 +30,7 @@ from server.auth.guard import current_key_id, quota_left
 from server.auth.limits import FairSlots
 from server.errors import BacklogFull, FetchingDisabled, TooManyUploads
 from server.intake.batch_parser import BatchItem, SharedInputs, body_too_large, detect_format, parse_items, spool
+from server.intake.client_kind import current_client_kind
 from server.intake.faces import check_faces
 from server.intake.quality_gate import QualityGate, take_limits
 from server.intake.request_options import RequestOptions, parse_flag, read_request_options
@@ -52,6 +53,7 @@ from server.status.queue_stats import QueueStats
 from server.webhooks import check_webhook
 from store import new_id
 from store.batches import BatchRecord
+from store.clients.usage import ClientKind
 from store.collections.collections import CollectionRecord
 from store.errors import QuotaReached
 from store.images import StagedImage
@@ -76,6 +78,7 @@ class _Submission:
     shares_answers: bool
     webhook: str | None
     key_id: str | None
+    client: ClientKind
     params: Mapping[str, Any]
     #: What the images must be like, see `quality_gate.py`. They change no answer, so they are not stored.
     limits: Mapping[str, float]
@@ -94,6 +97,7 @@ class _Submission:
             shares_answers=self.shares_answers,
             webhook=self.webhook,
             key_id=self.key_id,
+            client=self.client,
             created_at=created_at,
             pipeline=self.pipeline,
             **vars(self.options),
@@ -437,7 +441,7 @@ class Intake:
             if one.staged is not None
         ]
         refused = [one.refused for one in outcomes if one.refused is not None]
-        added = iter(self._store.batches.add(batch, staged, refused, shared=shared))
+        added = iter(self._store.batches.add(batch, staged, refused, shared=shared, client=submission.client))
         return batch, [one if one.staged is None else replace(one, request=next(added)) for one in outcomes]
 
     # Checks
@@ -455,8 +459,15 @@ class Intake:
         if row.takes_faces:
             options = check_faces(self._settings, options)
             checked["shares_answers"] = False
-        digest, key_id = artefact_digest(self._settings.models, row), current_key_id()
-        return _Submission(row=row, service=service, digest=digest, options=options, key_id=key_id, **checked)
+        return _Submission(
+            row=row,
+            service=service,
+            digest=artefact_digest(self._settings.models, row),
+            options=options,
+            key_id=current_key_id(),
+            client=current_client_kind(),
+            **checked,
+        )
 
     def _check_pipeline(self, pipeline: Pipeline, fields: Mapping[str, str], options: RequestOptions) -> _Submission:
         """Check a request to a pipeline. :raises NotInstalled: a model of one of its steps is not."""

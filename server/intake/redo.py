@@ -30,6 +30,7 @@ from server.settings import ServerSettings
 from server.status.eta import ALIVE_SECONDS
 from store import new_id
 from store.batches import BatchRecord
+from store.clients.usage import ClientKind
 from store.requests import NewRequest, RequestRecord
 from store.search import Query
 from store.states import RequestState
@@ -136,13 +137,21 @@ class Redo:
         return plan
 
     def add(
-        self, plan: RedoPlan, target: RedoTarget, *, name: str, webhook: str | None, charged_key_id: str | None
+        self,
+        plan: RedoPlan,
+        target: RedoTarget,
+        *,
+        name: str,
+        webhook: str | None,
+        charged_key_id: str | None,
+        client: ClientKind,
     ) -> RedoReport:
         """Add the requests of a plan, as a batch for each owner of earlier ones. What is there already is left out.
 
         :param name: of the batches.
         :param webhook: URL that is notified of the end of each batch.
-        :param charged_key_id: the key whose quota counts the requests.
+        :param charged_key_id: the key whose quota and usage count the requests.
+        :param client: the program that asks for it.
         :raises StoreError: what was added before stays.
         """
         owned: dict[str | None, list[NewRequest]] = defaultdict(list)
@@ -162,7 +171,7 @@ class Redo:
                 webhook=webhook,
             )
             added, stopped_by = self._store.batches.add_replacements(
-                batch, _in_batch(requests, batch), charged_key_id=charged_key_id
+                batch, _in_batch(requests, batch), charged_key_id=charged_key_id, client=client
             )
             batches += [replace(batch, total=added)] if added else []
             first_stop = first_stop or stopped_by

@@ -1,6 +1,6 @@
-"""The charts of the operator's page: positions of bars, points and ticks, which the template draws as SVG.
+"""The charts of the pages of the operator and of usage: positions of bars, points and ticks, drawn as SVG by templates.
 
-Called by `operator.py`. Pure. Every chart comes with the rows of a table, for readers who cannot see it.
+Called by `operator.py` and `usage.py`. Pure. Every chart comes with the rows of a table, for readers who cannot see it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from store.clients.usage import UsageRow
 
 #: Size of a chart in its own units, and the margins for the tick labels.
 WIDTH, HEIGHT = 640, 180
@@ -49,6 +51,42 @@ def minutes_chart(minutes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ],
         "rows": rows,
     }
+
+
+def usage_chart(days: Sequence[tuple[str, UsageRow | None]]) -> dict[str, Any]:
+    """Lay out the chart of requests by day, each a bar with its answered and its other requests.
+
+    :param days: oldest first, without gaps; None for a day without requests.
+    """
+    counts = [
+        (0, 0) if row is None else (row.done + row.cached, row.failed + row.cancelled + row.expired) for _, row in days
+    ]
+    ticks = nice_ticks(max([1, *map(sum, counts)]))
+    step = _PLOT_WIDTH / len(days)
+    bars = []
+    for index, ((day, _), (answered, others)) in enumerate(zip(days, counts, strict=True)):
+        base = 0
+        for count, is_bad in ((answered, False), (others, True)):
+            top, bottom = _y(base + count, ticks[-1]), _y(base, ticks[-1])
+            bars.append(
+                {
+                    "x": round(LEFT + (index + 0.1) * step, 2),
+                    "y": top,
+                    "w": round(0.8 * step, 2),
+                    "h": round(bottom - top, 1),
+                    "is_bad": is_bad,
+                    "title": f"{day}: {count} {'not answered' if is_bad else 'answered'}",
+                }
+            )
+            base += count
+    last, distance = len(days) - 1, max(1, len(days) // 6)
+    # The text of the last one ends at its place, so the one before must not be near.
+    labelled = [*(index for index in range(0, last, distance) if last - index >= distance), last]
+    labels = [
+        {"x": round(LEFT + (index + (1 if index == last and last else 0.5)) * step, 1), "text": days[index][0]}
+        for index in labelled
+    ]
+    return {**_frame(ticks), "bars": bars, "labels": labels}
 
 
 def points_chart(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from server.endpoint import PAGES, operation
 from server.pages.cards import STATE_LABELS, best_class, number_of
 from server.serializers import is_image
 from server.status.eta import format_duration
-from store.amounts import to_amount
+from store.amounts import format_amount, to_amount
 from store.errors import StoreError
 from store.rows import to_text
 
@@ -150,6 +150,7 @@ def _environment() -> jinja2.Environment:
     environment.globals["static"] = static_url
     environment.filters.update(
         amount=to_amount,
+        money=format_amount,
         best=best_class,
         is_image=is_image,
         number=number_of,

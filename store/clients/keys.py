@@ -1,10 +1,10 @@
-"""API keys: their format, and the tables `api_keys` and `key_usage`.
+"""API keys: their format, and the table `api_keys`.
 
 A key is `mlg_ID_SECRET`. The id is looked up and may be shown anywhere; of the whole key only a hash is stored, so that
 reading the database gives nobody a usable key. The secret is 256 random bits, so a plain sha256 is enough: there is
 nothing to guess that a slow hash would protect. Nothing here may write a key into a log or an error.
 
-A quota counts images by day (UTC) and is exact: `count_images` runs in the commit that adds the images.
+A quota counts images by day (UTC) and is exact: `usage.py` counts and compares in the commit that adds the images.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from provider_image.errors import MlgError
+from store.clients.usage import USED
 from store.database import Database, Transaction
-from store.errors import QuotaReached
 from store.rows import from_row, insert_sql, to_row, to_text
 
 #: Keeps the hash of a key apart from any other sha256 of the same text.
@@ -45,6 +45,11 @@ _REVOKE = """
     RETURNING *
 """
 
+_FIND_NAMED = """
+    SELECT * FROM api_keys WHERE :id_or_name IN (id, name)
+    ORDER BY id = :id_or_name DESC, revoked_at IS NULL DESC, created_at DESC LIMIT 1
+"""
+
 _TOUCH = """
     UPDATE api_keys SET last_used_at = :now WHERE id = :id AND (last_used_at IS NULL OR last_used_at < :before)
 """
@@ -53,14 +58,8 @@ _MINUTE = "SELECT minute, minute_requests FROM api_keys WHERE id = ?"
 
 _SET_MINUTE = "UPDATE api_keys SET minute = ?, minute_requests = ? WHERE id = ?"
 
-# An unknown key has no quota. For the first row of a day the INSERT's own WHERE decides.
-_COUNT_IMAGES = """
-    INSERT INTO key_usage (key_id, day, pictures)
-    SELECT :key_id, :day, :count
-    WHERE :count <= coalesce((SELECT pictures_per_day FROM api_keys WHERE id = :key_id), 9e15)
-    ON CONFLICT (key_id, day) DO UPDATE SET pictures = pictures + excluded.pictures
-    WHERE pictures + excluded.pictures
-          <= coalesce((SELECT pictures_per_day FROM api_keys WHERE id = excluded.key_id), 9e15)
+_USED_BY_KEY = """
+    SELECT key_id, sum(accepted + refused) FROM usage WHERE day = ? AND key_id != '' GROUP BY key_id
 """
 
 
@@ -157,17 +156,6 @@ class Grant:
     left: int
 
 
-def count_images(transaction: Transaction, key_id: str, count: int, *, now: str) -> None:
-    """Count images that are added with a key; call it inside the write that adds them.
-
-    :param now: as `to_text` writes it.
-    :raises QuotaReached: nothing was counted; the write must change nothing either.
-    """
-    row = {"key_id": key_id, "day": now[:10], "count": count}
-    if count and not transaction.execute(_COUNT_IMAGES, row).rowcount:
-        raise QuotaReached()
-
-
 def _to_record(row: Any) -> KeyRecord:
     scopes = frozenset(map(Scope, row["scopes"].split()))
     return from_row(KeyRecord, row, scopes=scopes, images_per_day=row["pictures_per_day"])
@@ -198,6 +186,16 @@ class Keys:
         """Read a key, also a revoked or expired one; None if there is none."""
         row = self._database.row("SELECT * FROM api_keys WHERE id = ?", (id,))
         return None if row is None else _to_record(row)
+
+    def find_named(self, id_or_name: str) -> KeyRecord:
+        """Read a key by its id, else by its name; of several with this name one that is not revoked, the latest.
+
+        :raises UnknownKey:
+        """
+        row = self._database.row(_FIND_NAMED, {"id_or_name": id_or_name})
+        if row is None:
+            raise UnknownKey("There is no API key with this id or name. `mlg keys list` shows those there are.")
+        return _to_record(row)
 
     def has_any(self) -> bool:
         """Tell whether there was ever a key: revoking the last one must not give access to everybody."""
@@ -240,12 +238,11 @@ class Keys:
 
     def images_used(self, id: str, *, now: datetime) -> int:
         """Count the images that a key sent on this day (UTC)."""
-        row = self._database.row("SELECT pictures FROM key_usage WHERE key_id = ? AND day = ?", (id, to_text(now)[:10]))
-        return 0 if row is None else int(row[0])
+        return int(self._database.row(USED, {"key_id": id, "day": to_text(now)[:10]})[0])
 
     def images_used_by_key(self, *, now: datetime) -> dict[str, int]:
         """Count the images of this day (UTC): key id -> images."""
-        return dict(self._database.rows("SELECT key_id, pictures FROM key_usage WHERE day = ?", (to_text(now)[:10],)))
+        return dict(self._database.rows(_USED_BY_KEY, (to_text(now)[:10],)))
 
     def list(self) -> builtins.list[KeyRecord]:
         """List all keys, oldest first."""

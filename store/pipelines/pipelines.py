@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from store.clients.keys import count_images
+from store.clients.usage import ClientKind, Sender, count_accepted
 from store.database import Database, Transaction
 from store.errors import QuotaReached
 from store.files import StoredFile, files_to_text
@@ -27,6 +28,7 @@ from store.requests import (
     RequestRecord,
     Requests,
     answer_known,
+    input_bytes,
     insert_requests,
     request_row_of,
 )
@@ -45,7 +47,10 @@ _READY = """
     ORDER BY pipeline_runs.number LIMIT :limit
 """
 
-_PARENT = "SELECT state, is_fresh FROM requests WHERE number = ?"
+_PARENT = """
+    SELECT state, is_fresh, (SELECT client FROM usage WHERE usage.number = requests.usage) AS client
+    FROM requests WHERE requests.number = ?
+"""
 
 _PLACES = "SELECT step, position FROM requests WHERE parent = ?"
 
@@ -175,7 +180,8 @@ def _write(pieces: Sequence[_Piece], now: datetime, transaction: Transaction) ->
         row = transaction.execute(_PARENT, (parent.number,)).fetchone()
         if row is None or row["state"] != RequestState.QUEUED:
             continue  # it was ended meanwhile, which makes the run ready again
-        refused = _add_children(transaction, parent, new, is_fresh=bool(row["is_fresh"]), now=now)
+        client = ClientKind(row["client"] or ClientKind.OTHER)
+        refused = _add_children(transaction, parent, new, client, is_fresh=bool(row["is_fresh"]), now=now)
         found = [*outcomes, *refused]
         transaction.execute_many(
             _ADD_OUTCOME, [(parent.id, one.step, one.position, one.status, one.code, one.reason) for one in found]
@@ -190,21 +196,33 @@ def _write(pieces: Sequence[_Piece], now: datetime, transaction: Transaction) ->
 
 
 def _add_children(
-    transaction: Transaction, parent: RequestRecord, new: Sequence[NewChild], *, is_fresh: bool, now: datetime
+    transaction: Transaction,
+    parent: RequestRecord,
+    new: Sequence[NewChild],
+    client: ClientKind,
+    *,
+    is_fresh: bool,
+    now: datetime,
 ) -> list[StepOutcome]:
     """Add the children that are not there yet. :return: those that the quota of the key refuses."""
     if not new:
         return []
     there = {tuple(row) for row in transaction.execute(_PLACES, (parent.id,)).fetchall()}
-    items: list[NewItem] = []
+    #: By the row of the usage that counts them.
+    items: dict[int, list[NewItem]] = defaultdict(list)
     refused: list[StepOutcome] = []
     for child in new:
         step, position = str(child.new.step), int(child.new.position or 0)
         if (step, position) in there:
             continue
+        request = replace(child.new, is_fresh=is_fresh)
+        (_, first), *others = child.inputs.items()
+        columns = {"image_sha256": first.sha256, "image_bytes": first.size_bytes, "inputs": files_to_text(dict(others))}
+        # It is due when its parent is: chunks are waited for once, not once for each step.
+        item = request, None, {**request_row_of(request, columns), "due_at": to_text(parent.created_at)}
+        sender = Sender(key_id=parent.key_id, client=client, model=request.model, at=to_text(now))
         try:
-            if parent.key_id is not None:
-                count_images(transaction, parent.key_id, 1, now=to_text(now))
+            usage = count_accepted(transaction, sender, accepted=1, size_bytes=input_bytes([item]))
         except QuotaReached as error:
             refused.append(
                 StepOutcome(step=step, position=position, status="failed", code=error.code, reason=error.reason)
@@ -212,14 +230,10 @@ def _add_children(
             continue
         for staged in child.staged:
             transaction.publish(staged)
-        request = replace(child.new, is_fresh=is_fresh)
-        (_, first), *others = child.inputs.items()
-        columns = {"image_sha256": first.sha256, "image_bytes": first.size_bytes, "inputs": files_to_text(dict(others))}
-        # It is due when its parent is: chunks are waited for once, not once for each step.
-        items.append((request, None, {**request_row_of(request, columns), "due_at": to_text(parent.created_at)}))
-    if items:
-        added = insert_requests(transaction, items)
-        numbered = zip((record.number for record in added), items, strict=True)
+        items[usage].append(item)
+    for usage, some in items.items():
+        added = insert_requests(transaction, some, usage=usage)
+        numbered = zip((record.number for record in added), some, strict=True)
         answer_known(transaction, numbered, now=now)
     return refused
 

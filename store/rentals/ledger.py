@@ -35,6 +35,7 @@ from decimal import Decimal
 from typing import Any
 
 from store.amounts import EXACT, ROUNDED, ZERO, split, to_amount, total
+from store.clients.usage import settle_chunk
 from store.database import Database, Transaction
 from store.rentals.reservations import ReservationRecord, change_commitment, commit_reservation, settle_reservation
 from store.rows import insert_sql, to_row, to_text
@@ -247,6 +248,7 @@ def split_invoices(transaction: Transaction, agreement_id: str) -> None:
     chunks = transaction.execute(_CHUNKS_TO_SPLIT, (agreement_id,)).fetchall()
     for chunk, share in zip(chunks, split(amount, [row["seconds"] or 0.0 for row in chunks]), strict=True):
         transaction.execute(_SET_SHARE, (to_amount(share), chunk["id"]))
+        settle_chunk(transaction, chunk["id"])
 
 
 def _paid(transaction: Transaction, agreement_id: str) -> Decimal | None:

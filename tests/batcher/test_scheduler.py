@@ -182,6 +182,28 @@ def test_at_each_interval_all_waiting_requests_are_processed_and_cycles_do_not_o
     assert in_flight == [1, 1, 1]
 
 
+def test_usage_is_deleted_after_its_own_time(harness: Any, batcher: Any) -> None:
+    days = [(now() - timedelta(days=age)).date() for age in (399, 402)]
+    sql = "INSERT INTO usage (day, key_id, model, client, accepted) VALUES (?, '', 'm', 'other', 1)"
+    harness.store.database.write(
+        lambda transaction: transaction.execute_many(sql, [(day.isoformat(),) for day in days])
+    )
+
+    def kept() -> list[str]:
+        return [day for (day,) in harness.store.database.rows("SELECT day FROM usage")]
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        run = asyncio.create_task(batcher().run(stop))
+        await harness.until(lambda: len(kept()) < 2)
+        stop.set()
+        await run
+
+    asyncio.run(asyncio.wait_for(main(), 300))
+
+    assert kept() == [days[0].isoformat()]
+
+
 def test_an_idle_batcher_writes_only_its_heartbeat(harness: Any, batcher: Any) -> None:
     log = harness.home_settings.database.with_name("mlg.db-wal")
 

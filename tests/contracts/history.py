@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
 
 from store import new_id
+from store.amounts import equal_share
 from store.batches import BatchInProgress, BatchRecord
 from store.chunks import ChunkRecord
+from store.clients.usage import OUTCOMES, ClientKind
 from store.clients.webhooks import EVENTS, EndpointRecord
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
 from store.requests import Answer, Blame, Claim, NewRequest
@@ -56,6 +60,8 @@ class Driver:
             "labels": {"place": f"{choice % 3}"} if choice % 2 else {},
             "deadline_at": self.now + timedelta(seconds=40) if choice % 3 == 1 else None,
             "webhook": f"https://example.org/{choice % 4}" if choice % 3 == 0 else None,
+            "key_id": "k" if choice % 5 == 0 else None,
+            "client": tuple(ClientKind)[choice % 4],
         }
         return NewRequest(**{**values, **changes})
 
@@ -72,7 +78,8 @@ class Driver:
             (self.new(choice, webhook=None, batch_id=batch.id), self.store.images.stage(b"%d" % (place % 6)))
             for place in range(choice % 5)
         ]
-        self.requests += [request.id for request in self.store.batches.add(batch, items, [])]
+        client = tuple(ClientKind)[choice % 4]
+        self.requests += [request.id for request in self.store.batches.add(batch, items, [], client=client)]
         self.batches.append(batch.id)
 
     def claim(self, choice: int) -> None:
@@ -176,12 +183,31 @@ class Facts:
     seconds: float
     #: Answers that chunks gave.
     answers: int
+    #: (number of the row, column) -> what it has counted.
+    usage: Counter[tuple[int, str]]
+    #: Number of the row -> its cost; and that of its requests, with those that were deleted left out.
+    costs: dict[int, Decimal]
+    shares: dict[int, Decimal]
+
+
+#: The columns of `usage` that are counted here; costs are in `test_ledger.py`.
+USED = ("accepted", "refused", *OUTCOMES, "bytes", "microseconds")
+
+
+_SHARES = """
+    SELECT usage, share, cost, answers FROM requests JOIN chunks ON chunks.id = chunk_id
+    WHERE share IS NOT NULL AND cost IS NOT NULL
+"""
 
 
 def read_facts(store: Store) -> Facts:
     rows = store.database.rows
     totals = rows("SELECT model, outcome, code, up_to, count, seconds FROM totals")
     deliveries = rows("SELECT endpoint_id, url, event, subject, state FROM webhook_deliveries")
+    costs = {row["number"]: Decimal(row["cost"]) for row in rows("SELECT number, cost FROM usage")}
+    shares = dict.fromkeys(costs, Decimal(0))
+    for row in rows(_SHARES):
+        shares[row["usage"]] += equal_share(Decimal(row["cost"]), row["answers"], row["share"])
     return Facts(
         requests={row["number"]: dict(row) for row in rows("SELECT * FROM requests")},
         batches={row["id"]: dict(row) for row in rows("SELECT * FROM batches")},
@@ -192,7 +218,27 @@ def read_facts(store: Store) -> Facts:
         deliveries=Counter(map(tuple, deliveries)),
         labels={tuple(row) for row in rows("SELECT name, value, number FROM request_labels")},
         answers=sum(row["answers"] for row in rows("SELECT answers FROM chunks")),
+        usage=Counter(
+            {(row["number"], name): row[name] for row in rows("SELECT * FROM usage") for name in USED if row[name]}
+        ),
+        costs=costs,
+        shares=shares,
     )
+
+
+def recount(requests: Iterable[dict[str, Any]]) -> Counter[tuple[int, str]]:
+    """What `usage` must have counted for requests."""
+    found: Counter[tuple[int, str]] = Counter()
+    for request in requests:
+        number = request["usage"]
+        found[number, "accepted"] += 1
+        found[number, "bytes"] += request["image_bytes"]
+        if request["state"] in FINAL:
+            _, name, _, _ = outcome(request)
+            found[number, name] += 1
+            if name == "done":
+                found[number, "microseconds"] += round(request["seconds"] * 1e6)
+    return found
 
 
 def lasted(request: dict[str, Any]) -> float:
@@ -246,6 +292,12 @@ def check_what_followed(before: Facts, after: Facts) -> None:
     assert after.seconds - before.seconds == pytest.approx(sum(map(lasted, ended.values())))
     assert after.deliveries - before.deliveries == deliveries
     assert sorted(answered) == list(range(int(before.answers), int(after.answers)))
+    # Of those that were deleted, everything stays counted.
+    kept = [request for number, request in before.requests.items() if number in after.requests]
+    used = before.usage.copy()
+    used.subtract(recount(kept))
+    used.update(recount(after.requests.values()))
+    assert +used == after.usage
     for id, batch in after.batches.items():
         earlier = before.batches[id]["ended"] if id in before.batches else 0
         numbers = [request["ended_number"] for request in ended.values() if request["batch_id"] == id]
@@ -258,6 +310,8 @@ def check_recount(facts: Facts) -> None:
     ends = [(number, state) for number, state in facts.changes if state in FINAL]
     last = dict(facts.changes)
 
+    assert recount(facts.requests.values()) == facts.usage
+    assert facts.shares == facts.costs
     assert {n: r["state"] for n, r in facts.requests.items()} == {n: last.get(n, "queued") for n in facts.requests}
     assert facts.totals.total() == len(ends)
     assert Counter(name for _, name, _, _ in facts.totals.elements())["failed"] == [s for _, s in ends].count("failed")

@@ -246,7 +246,7 @@ def test_request_that_goes_away_takes_no_image_that_waits_for_another(store: Sto
     first = add(store, b"cat", collection)
 
     def add_and_fail(transaction: Transaction) -> None:
-        insert_requests(transaction, [(new, staged, request_row(new, staged))])
+        insert_requests(transaction, [(new, staged, request_row(new, staged))], usage=None)
         delete_requests(transaction, f"id = '{new.id}'", {})
 
     staged = store.images.stage(b"cat")

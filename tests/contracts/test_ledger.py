@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from store import new_id
 from store.amounts import total
 from store.chunks import ChunkRecord
+from store.clients.usage import ClientKind
 from store.rentals.ledger import (
     COSTS_BY,
     ActivityRecord,
@@ -113,8 +114,9 @@ def work(store: Store, id: str, **how: object) -> None:
 
 def answer_requests(store: Store, chunk_id: str, count: int) -> list[str]:
     """Add requests and answer all queued ones with this chunk."""
-    for _ in range(count):
-        new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=NOW)
+    for position in range(count):
+        client = tuple(ClientKind)[position % 2]
+        new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=NOW, client=client)
         store.requests.add(new, store.images.stage(b"image"))
     claims = store.requests.claim(models=["resnet50"], limit=100, now=NOW, lease_ends_at=after(30), oldest_before=None)
     answers = [
@@ -698,6 +700,28 @@ class AnyHistory(RuleBasedStateMachine):
                 shares[chunk.agreement_id].append(Decimal(chunk.cost))
         for id, each in shares.items():
             assert total(each) == total(bill.amount for bill in self.decided(id) if bill.state == BillState.ACCEPTED)
+
+    @invariant()
+    def usage_equals_a_recount_of_the_requests(self) -> None:
+        costs: dict[str, list[Decimal]] = defaultdict(list)
+        finals: dict[str, set[bool]] = defaultdict(set)
+        sql = "SELECT id, client FROM requests JOIN usage ON usage.number = usage"
+        clients: dict[str, str] = dict(self.store.database.rows(sql))
+        for request in self.store.requests.list(limit=1000):
+            if request.cost is not None:
+                costs[clients[request.id]].append(request.cost)
+                finals[clients[request.id]].add(request.is_cost_final)
+        days = {"since": NOW.date(), "until": NOW.date()}
+        for row in self.store.usage.list(by=["client"], **days):
+            assert row.client is not None
+            assert row.cost == total(costs[row.client])
+            assert row.is_cost_final or False in finals[row.client] or self.has_open_chunk()
+            assert not row.is_cost_final or False not in finals[row.client]
+        assert self.store.usage.list(**days)[0].cost == total(total(each) for each in costs.values())
+
+    def has_open_chunk(self) -> bool:
+        """Tell whether a chunk has ended whose bill is not decided; it may have no estimate."""
+        return any(not self.decided(id) for id, _ in self.ended.values())
 
 
 def test_in_any_history_every_way_of_adding_up_agrees(open_store: OpenStore) -> None:

@@ -42,10 +42,12 @@ def folder(tmp_path: Path, photos: dict[str, bytes]) -> Path:
 
 def test_a_folder_is_sent_and_the_right_labels_are_returned(system: System, folder: Path) -> None:
     with Client(system.base) as client:
+        before = client.usage()["total"]
         batch = client.submit_dir(folder, MODEL, labels={"shelf": "7"})
         ended = {request.name: request for request in client.as_completed(batch.requests, timeout=60)}
         in_order = [request.name for request in client.results(batch)]
         counts = client.batch(batch.ids[0], hold_seconds=5)["counts"]
+        used = client.usage(by="client")
 
     assert [file for file, _ in batch.refused] == ["letter.jpg"]
     assert in_order == [f"{name}.jpg" for name in sorted(RIGHT)]
@@ -53,6 +55,8 @@ def test_a_folder_is_sent_and_the_right_labels_are_returned(system: System, fold
         assert ended[f"{name}.jpg"].best == (label, pytest.approx(probability, abs=0.05))
         assert ended[f"{name}.jpg"].labels == {"shelf": "7"}
     assert (counts["done"], counts["refused"]) == (3, 1)
+    assert {row["client"] for row in used["usage"]} == {"mlg_client"}
+    assert [used["total"][name] - before[name] for name in ("accepted", "refused")] == [3, 1]
 
 
 def test_async_code_gets_the_same_results(system: System, folder: Path) -> None:

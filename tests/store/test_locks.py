@@ -463,6 +463,12 @@ READS: dict[str, Callable[[Store], object]] = {
         store.chunks.list(),
         store.chunks.throughput(MODEL),
     ),
+    "usage": lambda store: [
+        store.usage.list(since=NOW.date(), until=NOW.date(), by=by, key_id=key)
+        for by in ((), ("day",), ("day", "key", "model", "client"))
+        for key in (None, "k")
+    ],
+    "purge usage": lambda store: store.usage.purge(before=after(9e7)),
     "feed": lambda store: (store.changes.list(0), store.changes.latest(), store.changes.snapshot(ids=["b-1"])),
     "add": lambda store: add_batch(store, 2, id="again", digest=DIGEST, key_id="k"),
     "cancel and retry": lambda store: (store.batches.cancel("b", now=NOW), store.batches.retry("b", now=NOW)),
@@ -534,6 +540,7 @@ def test_every_list_and_claim_uses_an_index(
             "fail and release",
             "finish",
             "pipelines",
+            "usage",
         ):
             sorts = [line for line in plan if "TEMP B-TREE" in line and "GROUP BY" not in line]
             assert sorts == [], (sql, plan)

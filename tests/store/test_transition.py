@@ -12,15 +12,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from store.batches import BatchRecord
+from store.rentals.ledger import BillState, InvoiceRecord
 from store.requests import Answer, Claim
 from store.settings import HomeSettings
 from store.store import Store
-from tests.contracts.history import DIGEST, MODELS, NOW, Driver, Facts, check_recount, read_facts
+from tests.contracts.history import CHUNK, DIGEST, MODELS, NOW, Driver, Facts, check_recount, read_facts
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,10 +47,15 @@ def prepare(home: Path) -> None:
     """Leave a batch with two claimed and one queued request, a known answer, an endpoint and labels."""
     with opened(home) as store:
         driver = Driver(store)
+        store.chunks.start(CHUNK)
         driver.add_endpoint(0)
         driver.add(7)
         driver.claim(1)
         driver.finish(0)
+        store.chunks.finish(
+            CHUNK.id, provider="p", bytes_received=1, seconds=1.0, done=1, failed=0, cost="0.1", code=None,
+            reason=None, now=NOW, agreement_id="ag",
+        )  # fmt: skip
         batch = BatchRecord(
             id="b", service="classification", model=MODELS[0], created_at=NOW, webhook="https://example.org/batch"
         )
@@ -80,6 +87,14 @@ def end_batch(store: Store) -> None:
     store.requests.finish(answers_of(store), now=NOW)
 
 
+def pay(store: Store) -> None:
+    """Accept the bill of the chunk of `prepare`."""
+    invoice = InvoiceRecord(
+        id="i", agreement_id="ag", amount=Decimal(1), state=BillState.ACCEPTED, received_at=NOW, settled_at=NOW
+    )
+    store.ledger.record_invoice(invoice)
+
+
 def add_known(store: Store) -> None:
     """Add a batch whose images were answered before."""
     driver = Driver(store)
@@ -98,6 +113,7 @@ KILLED: dict[str, Callable[[Store], object]] = {
     "fail": lambda store: store.requests.fail(claims_of(store), code="x", reason="y", now=NOW),
     "release": lambda store: store.requests.release_expired(NOW + timedelta(seconds=31)),
     "cancel": lambda store: store.batches.cancel("b", now=NOW),
+    "pay": pay,
 }
 
 

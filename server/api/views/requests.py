@@ -30,6 +30,7 @@ from server.auth.guard import current_key_id, visible_key_id
 from server.context import Views
 from server.endpoint import Field, operation
 from server.errors import TooManyUploads
+from server.intake.client_kind import current_client_kind
 from server.intake.redo import MAX_REQUESTS, RedoPlan, RedoTarget, default_name, known_model
 from server.intake.request_options import FRESH, LABEL, NAME, WEBHOOK, parse_flag, parse_labels, parse_timestamp
 from server.intake.uploads import clean_name
@@ -229,7 +230,14 @@ class RequestViews(Views):
             room, _ = self._context.intake.room()
             plan = redo.plan(query, target, before=before, limit=min(limit, room))
             name = clean_name(given.get("name")) or default_name(query.model, target)
-            report = redo.add(plan, target, name=name, webhook=webhook, charged_key_id=current_key_id())
+            report = redo.add(
+                plan,
+                target,
+                name=name,
+                webhook=webhook,
+                charged_key_id=current_key_id(),
+                client=current_client_kind(),
+            )
         if report.stopped_by is not None and not report.batches:
             raise report.stopped_by
         # Asked again from the same place, it adds those that were left out.
