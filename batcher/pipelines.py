@@ -47,8 +47,8 @@ from store.store import Store
 
 log = logging.getLogger(__name__)
 
-#: Runs that are looked at together.
-_RUNS_AT_ONCE = 50
+#: Runs that are looked at together, each with all of its steps.
+_RUNS_AT_ONCE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,10 +229,9 @@ class PipelineRunner:
         """Do what there is to do for some runs. :return: how many. :raises StoreError:"""
         now = self._clock()
         ready = self._store.pipelines.list_ready(now=now, limit=_RUNS_AT_ONCE)
+        self._store.requests.settle_children([one.id for one in ready if one.is_ended], now=now)
         for one in ready:
-            if one.is_ended:
-                self._store.requests.settle_children(one.id, now=now)
-            elif one.is_retried:
+            if one.is_retried and not one.is_ended:
                 self._store.requests.retry_children(one.id, now=now)
         self._advance([one for one in ready if not one.is_ended and not one.is_retried], now)
         return len(ready)
@@ -251,20 +250,23 @@ class PipelineRunner:
             except Exception:
                 # One of them must not stop the others.
                 log.exception("cannot let some pipelines go on, trying them one by one")
-                self._advance_alone(advances, now)
+                self._advance_alone([advance.parent.id for advance in advances], now, staged)
         finally:
             for each in staged:
                 self._store.images.discard(each)
 
-    def _advance_alone(self, advances: Sequence[Advance], now: datetime) -> None:
-        for advance in advances:
-            try:
-                self._store.pipelines.advance([advance], now=now)
-            except StoreError:
-                raise
-            except Exception as error:
-                log.exception("a pipeline cannot go on", extra={"request": advance.parent.id})
-                self._store.pipelines.advance([_failed(advance.parent, advance.run, error)], now=now)
+    def _advance_alone(self, ids: Sequence[str], now: datetime, staged: list[StagedImage]) -> None:
+        for id in ids:
+            with contextlib.suppress(UnknownRequest):  # likewise
+                # Again: inputs that were published are gone with the commit that failed.
+                advance = self._prepare(self._store.requests.get(id), now, staged)
+                try:
+                    self._store.pipelines.advance([advance], now=now)
+                except StoreError:
+                    raise
+                except Exception as error:
+                    log.exception("a pipeline cannot go on", extra={"request": id})
+                    self._store.pipelines.advance([_failed(advance.parent, advance.run, error)], now=now)
 
     def _prepare(self, parent: RequestRecord, now: datetime, staged: list[StagedImage]) -> Advance:
         """Plan what follows for a run, and store the inputs that are not files yet. :param staged: gets these."""
@@ -273,12 +275,14 @@ class PipelineRunner:
         try:
             planned = plan(parent, run)
             new: list[NewChild] = []
+            goes_on = False
             for one in planned.steps:
                 try:
                     new.append(self._make_child(one, parent, now, staged))
                 except StoreError:
                     raise
                 except MlgError as error:
+                    goes_on = True
                     planned.outcomes.append(
                         StepOutcome(
                             step=one.step.name,
@@ -294,12 +298,13 @@ class PipelineRunner:
             # Of an answer or a pipeline that was not expected. It must not stop the others.
             log.exception("a pipeline cannot go on", extra={"request": parent.id})
             return _failed(parent, run, error)
-        is_finished = planned.is_finished and not new
+        is_finished = planned.is_finished
         return Advance(
             parent=parent,
             run=run,
             new=new,
             outcomes=planned.outcomes,
+            goes_on=goes_on,
             is_finished=is_finished,
             failure=_failure(run, planned.outcomes) if is_finished else None,
         )
@@ -324,6 +329,8 @@ class PipelineRunner:
                 own.append(replace(self._store.images.stage(data), media_type=media_type))
                 staged.append(own[-1])
                 inputs[name] = StoredFile(sha256=own[-1].sha256, size_bytes=own[-1].size, media_type=media_type)
+            if name in inputs and not inputs[name].size_bytes:
+                raise MissingValue(f"The input {name} is empty.")
         return NewChild(
             new=NewRequest(
                 id=new_id(),

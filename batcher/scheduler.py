@@ -143,14 +143,14 @@ class Batcher:
         total = Tally()
         async with self._running():
             initial_backlog = _InitialBacklog(self._store, self._timings.once_backlog_seconds)
-            await self._advance_pipelines()
+            await self._advance_pipelines(stop)
             while True:
                 self._cycle.flush()
                 tally = await self._cycle.run(
                     stop, models=lambda: initial_backlog.models() & available_models(self._settings.models)
                 )
                 total.add(tally)
-                await self._advance_pipelines()
+                await self._advance_pipelines(stop)
                 waiting = await asyncio.to_thread(initial_backlog.count)
                 models = waiting.keys() & available_models(self._settings.models)
                 if stop.is_set() or all(self._cycle.unavailable_reason(model) is not None for model in models):
@@ -186,9 +186,10 @@ class Batcher:
                 watching_controls.cancel()
             await self._shut_down(scheduler)
 
-    async def _advance_pipelines(self) -> None:
-        while await asyncio.to_thread(self._pipelines.run_ready):
-            pass
+    async def _advance_pipelines(self, stop: asyncio.Event) -> None:
+        has_any = True
+        while has_any and not stop.is_set():
+            has_any = bool(await asyncio.to_thread(self._pipelines.run_ready))
 
     # Jobs
 

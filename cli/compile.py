@@ -159,6 +159,10 @@ def compile_models(
     models = (out or settings.models).absolute()
     custom_model = _custom_model(names, weights, labels=labels, **custom)
     if custom_model is not None:
+        from store.pipelines.folder import PipelineFolder
+
+        if PipelineFolder(settings.home, models).has(custom_model.name):
+            raise ConfigError(f"There is a pipeline {custom_model.name}. Choose another name for the model.")
         click.echo(installed_message(_build_custom(custom_model, models, f16_within)))
         return
     is_all = [name.lower() for name in names] == ["all"]

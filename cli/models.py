@@ -168,8 +168,12 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _input_cell(row: dict[str, Any]) -> str:
     if row["input"] == "row":
         return f"{len(row['columns'])} columns"
-    shown = f"{row['height']} x {row['width']}" if row["height"] else row["input"]
-    return f"{shown}, face" if row["takes_faces"] else shown
+    kind = "face" if row["takes_faces"] else row["input"]
+    if not row["height"]:
+        return str(kind)
+    if kind == "image":
+        return f"{row['height']} x {row['width']}"
+    return f"{kind}, {row['height']}" + (f"x{row['width']}" if row["width"] != row["height"] else "")
 
 
 def _installed_cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ class ProgressReport:
         try:
             item, fraction, preview = raw["item"], float(raw["fraction"]), raw["preview"]
             data = None if preview is None else base64.b64decode(preview, validate=True)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, OverflowError) as error:
             raise ValueError("A report has an item, a fraction and a preview.") from error
         is_valid = isinstance(item, int) and 0 <= fraction <= 1
         if not is_valid or len(data or b"") > MAX_PREVIEW_BYTES:

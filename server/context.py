@@ -119,9 +119,10 @@ class Context:
         return serialize_request(request, params, self.estimate_wait(request), models=self.settings.models)
 
     def pipelines_of_images(self) -> list[Pipeline]:
-        """List the pipelines that an image can be sent to."""
+        """List the pipelines that an image can be sent to, without those of faces, whose pages ask for consent."""
         files = PipelineFolder(self.settings.home, self.settings.models).list_files()
-        return [file.pipeline for file in files if file.pipeline is not None and file.pipeline.takes_image]
+        found = [file.pipeline for file in files if file.pipeline is not None]
+        return [one for one in found if one.takes_image and not one.takes_faces]
 
     def find_unknown(self, requests: Iterable[RequestRecord]) -> set[str]:
         """Return the ids of those whose first label is less probable than the threshold of its model."""
@@ -180,7 +181,7 @@ class Context:
             wait = self.estimate_wait(child)
             if wait is not None:
                 return WaitEstimate(waiting_for=f"Step {child.step}: {wait.waiting_for}", eta_seconds=None)
-        waiting_for = "Its next step begins in a moment."
+        waiting_for = "Its next step begins in a moment." if run.has_steps else "Its steps are in progress."
         if not self.queue_stats.batchers():
             waiting_for = "Nothing is processed now: no batcher is running. Start one: mlg batch (or mlg up)."
         return WaitEstimate(waiting_for=waiting_for, eta_seconds=None)

@@ -45,6 +45,6 @@ def given_fields(record: object, names: str) -> dict[str, Any]:
 def _reader(names: str) -> tuple[list[str], Callable[[object], tuple[Any, ...]]]:
     """Return the names, and what reads all of them at once: lists have thousands of fields."""
     keys = names.split()
-    if len(keys) == 1:
-        return keys, lambda record: (getattr(record, keys[0]),)
+    if len(keys) < 2:  # then it would return no tuple
+        return keys, lambda record: tuple(getattr(record, name) for name in keys)
     return keys, operator.attrgetter(*keys)

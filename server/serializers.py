@@ -67,7 +67,7 @@ def serialize_request(
         result |= serialize_progress(request.progress)
     if IMAGE_ANSWER in request.files:
         result["image_url"] = f"/requests/{request.id}/image"
-    if request.run is not None:
+    if request.run is not None and request.run.has_steps:
         result["steps"] = serialize_steps(request.run)
     if request.files:
         result["files"] = _serialize_files(request.id, request.files)
@@ -138,7 +138,9 @@ def unknown_below(models: Path, request: RequestRecord) -> float:
 def input_kind(request: RequestRecord | BatchRecord) -> str | None:
     """Return the kind of the first input of a request, or of those of a batch; None if its service is not installed."""
     if isinstance(request, RequestRecord) and request.run is not None:
-        return next(iter(request.run.pipeline.inputs().values())).kind
+        pipeline = request.run.pipeline
+        is_known = all(step.service in REGISTRY for step in pipeline.steps)
+        return next(iter(pipeline.inputs().values())).kind if is_known else None
     return _input_kind(request.service) if request.service in REGISTRY else None
 
 

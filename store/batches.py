@@ -35,6 +35,7 @@ from store.clients.usage import ClientKind, Sender, count_accepted
 from store.database import Database, Transaction, WriteFunction
 from store.errors import QuotaReached, StoreError, StoreUnavailable, UnknownRequest
 from store.images import ImageStore, StagedImage
+from store.pipelines.definition import PIPELINE
 from store.requests import (
     FORGET,
     RESET,
@@ -51,8 +52,9 @@ from store.requests import (
     read_requests,
     replacing_items,
     request_row,
+    settle_children,
 )
-from store.rows import from_row, insert_sql, to_row, to_text
+from store.rows import from_row, from_text, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
 from store.transition import end_empty_batch, transition
 
@@ -107,6 +109,9 @@ _DELETE_REFUSALS = """
 #: Values of `batches.arrival`; 0 is one that has arrived. HIDDEN while its requests are added, VISIBLE while it gets
 #: its earlier answers, before the rest is claimed, ABANDONED while what was added is deleted.
 _HIDDEN, _VISIBLE, _ABANDONED = 1, 2, 3
+
+#: Requests to pipelines that are read together with their steps.
+_PIPELINES_PER_READ = 10
 
 #: A batch that gets no slice for so long was left by a process that was killed.
 ARRIVAL_SECONDS = 600.0
@@ -445,7 +450,7 @@ class Batches:
         def write(transaction: Transaction, rows: int) -> int:
             if transaction.execute(_IS_ABANDONED, values).fetchone() is None:
                 return 0
-            removed = delete_requests(transaction, _SOME_HIDDEN_ITEMS, {"id": id, "rows_per_commit": rows})
+            removed = len(delete_requests(transaction, _SOME_HIDDEN_ITEMS, {"id": id, "rows_per_commit": rows}))
             transaction.execute("UPDATE batches SET arrived = arrived - ? WHERE id = ?", (removed, id))
             return removed
 
@@ -521,10 +526,13 @@ class Batches:
         """List the requests that ended, in the order in which they ended.
 
         :param after: only those that ended under a higher number.
+        :param limit: of pipelines never more than ten, as each has all of its steps.
         :return: (number of the end, request).
         """
         with self._database.read() as connection:
             rows = connection.execute(_RESULTS, {"id": id, "after": after, "limit": limit}).fetchall()
+            if rows and rows[0]["service"] == PIPELINE:
+                rows = rows[:_PIPELINES_PER_READ]
             return list(zip((row["ended_number"] for row in rows), read_requests(connection, rows), strict=True))
 
     def items(self, id: str, *, after: int = 0, limit: int = 200) -> list[RequestRecord]:
@@ -572,6 +580,7 @@ class Batches:
         change_batch = f"UPDATE batches SET cancelled_at = {cancelled_at} WHERE id = :id AND {_IS_SHOWN}"
         where = _SOME_TO_CHANGE.format(which=which)
         values = {"id": id, "now": to_text(now), "after": 0}
+        runs: builtins.list[str] = []
 
         def write(transaction: Transaction, rows: int) -> int:
             values["rows_per_commit"] = rows
@@ -579,9 +588,12 @@ class Batches:
                 raise UnknownBatch()
             changed = transition(transaction, to, where, [values], columns=columns, now=now)
             values["after"] = max((row["number"] for row in changed), default=0)
+            runs.extend(row["id"] for row in changed if row["service"] == PIPELINE)
             return len(changed)
 
-        return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        count = self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        settle_children(self._database, runs, now=now)
+        return count
 
     def remove(self, id: str) -> int:
         """Delete a batch with its requests and images.
@@ -591,16 +603,24 @@ class Batches:
         :raises BatchInProgress: nothing was deleted, unless some were queued again meanwhile.
         """
 
+        #: Id and end of requests to pipelines.
+        runs: builtins.list[tuple[str, str]] = []
+
         def write(transaction: Transaction, rows: int) -> int:
             batch = transaction.execute(_GET, (id,)).fetchone()
             if batch is None:
                 raise UnknownBatch()
             if batch["arrival"] or transaction.execute(_IS_IN_PROGRESS, {"id": id}).fetchone()[0]:
                 raise BatchInProgress()
-            return delete_requests(transaction, _SOME_ENDED_ITEMS, {"id": id, "rows_per_commit": rows})
+            some = delete_requests(transaction, _SOME_ENDED_ITEMS, {"id": id, "rows_per_commit": rows})
+            runs.extend((row["id"], row["finished_at"]) for row in some if row["service"] == PIPELINE)
+            return len(some)
 
         removed = self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
         self.delete_empty(id)
+        if runs:
+            last = max(finished_at for _, finished_at in runs)
+            settle_children(self._database, [id for id, _ in runs], now=from_text(last))
         return removed
 
     def list(

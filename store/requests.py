@@ -27,7 +27,7 @@ from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequ
 from store.files import NewFile, StoredFile, digests_of_files, files_from_text, files_to_text
 from store.images import ImageStore, StagedImage
 from store.pipelines.definition import PIPELINE
-from store.pipelines.runs import CHILDREN, REMOVE_OTHERS, PipelineRun, add_runs, build_runs, note_removals
+from store.pipelines.runs import CHILDREN, REMOVE_ALL, REMOVE_OTHERS, PipelineRun, add_runs, build_runs, note_removals
 from store.processes.progress import ProgressRecord, read_progress
 from store.rows import from_row, from_text, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
@@ -37,6 +37,8 @@ from store.transition import transition
 ISOLATION_STEPS = (16, 4, 1)
 #: Requests that one commit of many adds, changes or deletes: each changes a page of every index.
 ROWS_PER_COMMIT = 50
+#: Requests to pipelines whose steps are settled together: each may have some hundreds.
+_PARENTS_AT_ONCE = 20
 
 #: No lease is as long as this, also for who read the clock a minute before it was made.
 MAX_LEASE_SECONDS = 120.0
@@ -202,18 +204,34 @@ _REPLACEABLE = f"""
       AND id NOT IN ({_REPLACED_BY_MODEL})
 """
 
-_RUN = "SELECT changed, removed FROM pipeline_runs WHERE id = ?"
+# Their parents have ended or were deleted.
+_ENDED_RUNS = """
+    SELECT id, changed FROM pipeline_runs
+    WHERE id IN (SELECT value FROM json_each(:parents)) AND removed >= :least
+      AND NOT EXISTS (SELECT 1 FROM requests WHERE requests.id = pipeline_runs.id AND state = 'queued')
+"""
 
 _SOME_CHILDREN = """
     number IN (SELECT number FROM requests INDEXED BY requests_parent
                WHERE parent = :parent AND {which} LIMIT :rows_per_commit)
 """
 
-_DELETE_RUN = """
-    DELETE FROM pipeline_runs WHERE id = :parent AND NOT EXISTS (SELECT 1 FROM requests WHERE parent = :parent)
+_SOME_ENDED_CHILDREN = f"""
+    number IN (SELECT number FROM requests INDEXED BY requests_parent
+               WHERE parent IN ({_ENDED_RUNS.replace("id, changed", "id")}) AND {{which}} LIMIT :rows_per_commit)
 """
 
-_SET_SETTLED = "UPDATE pipeline_runs SET advanced = :changed WHERE id = :parent"
+_DELETE_RUNS = """
+    DELETE FROM pipeline_runs WHERE id IN (SELECT value FROM json_each(:parents)) AND removed > 0
+      AND NOT EXISTS (SELECT 1 FROM requests WHERE parent = pipeline_runs.id)
+"""
+
+_SET_SETTLED = """
+    UPDATE pipeline_runs SET advanced = :changed
+    WHERE id = :parent AND NOT EXISTS (SELECT 1 FROM requests WHERE id = :parent AND state = 'queued')
+"""
+
+_DELETED = "id, number, service, finished_at, keep_seconds, labels, image_sha256, inputs, files"
 
 _COST_OF_CHUNK = "SELECT cost, answers, is_cost_final FROM chunks WHERE id = ?"
 
@@ -464,10 +482,14 @@ def _to_record(row: Any, **others: Any) -> RequestRecord:
     return from_row(RequestRecord, row, output=None if output is None else json.loads(output), **others)
 
 
-def read_requests(connection: sqlite3.Connection, rows: Sequence[Any]) -> list[RequestRecord]:
-    """Build request records, each with its share of its chunk's cost, what has answered it again, and its progress.
+def read_requests(
+    connection: sqlite3.Connection, rows: Sequence[Any], *, with_steps: bool = True
+) -> list[RequestRecord]:
+    """Build request records, each with its share of its chunk's cost, and what has answered it again, and its progress.
 
     A request to a pipeline has its steps, and costs what they cost.
+
+    :param with_steps: False for lists: steps may be more than a thousand for each.
     """
     chunks: dict[str, Any] = {}
     requests = []
@@ -478,7 +500,7 @@ def read_requests(connection: sqlite3.Connection, rows: Sequence[Any]) -> list[R
         for one in sorted(found, key=lambda one: int(one["number"]))
     }
     progress = read_progress(connection, [row["number"] for row in rows if row["state"] == RequestState.CLAIMED])
-    runs = _read_runs(connection, [row["id"] for row in rows if row["service"] == PIPELINE])
+    runs = _read_runs(connection, [row["id"] for row in rows if row["service"] == PIPELINE], with_steps=with_steps)
     for row in rows:
         share, chunk_id = row["share"], row["chunk_id"]
         others = {"replaced_by": replacements.get(row["id"]), "progress": progress.get(row["number"])}
@@ -499,9 +521,11 @@ def read_requests(connection: sqlite3.Connection, rows: Sequence[Any]) -> list[R
     return requests
 
 
-def _read_runs(connection: sqlite3.Connection, parents: Sequence[str]) -> dict[str, PipelineRun]:
+def _read_runs(connection: sqlite3.Connection, parents: Sequence[str], *, with_steps: bool) -> dict[str, PipelineRun]:
     if not parents:
         return {}
+    if not with_steps:
+        return build_runs(connection, parents, None)
     children = read_requests(connection, connection.execute(CHILDREN, (json.dumps(parents),)).fetchall())
     return build_runs(connection, parents, children)
 
@@ -625,14 +649,15 @@ def _refer_to_files(transaction: Transaction, files: Mapping[int, Mapping[str, S
     transaction.execute_many(_ADD_FILE, rows)
 
 
-def delete_requests(transaction: Transaction, which: str, values: Any, *, keeps_members: bool = False) -> int:
+def delete_requests(transaction: Transaction, which: str, values: Any, *, keeps_members: bool = False) -> list[Any]:
     """Delete requests, their labels and vectors, what webhooks say of them, and later files that no other needs.
 
     :param which: SQL condition; must exclude requests that have not ended, except those of a hidden batch.
-    :param keeps_members: the steps of a pipeline that have given a collection a vector stay, as requests of their own.
-    :return: how many.
+    :param keeps_members: the steps of a pipeline that have given a collection a vector stay, as requests of their own,
+        unless its request has a retention time of its own.
+    :return: their rows.
     """
-    sql = f"DELETE FROM requests WHERE {which} RETURNING id, number, service, labels, image_sha256, inputs, files"
+    sql = f"DELETE FROM requests WHERE {which} RETURNING {_DELETED}"
     deleted = transaction.execute(sql, values).fetchall()
     labels = [(row["number"], row["labels"]) for row in deleted if row["labels"] != "{}"]
     transaction.execute_many(_REMOVE_LABELS, labels)
@@ -641,7 +666,50 @@ def delete_requests(transaction: Transaction, which: str, values: Any, *, keeps_
     for statement in FORGET:
         transaction.execute_many(statement, [(row["id"],) for row in deleted])
     transaction.delete_files(set().union(*map(digests_of_files, deleted)))
-    return len(deleted)
+    return deleted
+
+
+def settle_children(database: Database, parents: Sequence[str], *, now: datetime) -> None:
+    """Cancel the queued steps of requests to pipelines that have ended; delete those of requests that were deleted.
+
+    What a worker has yet ends first: that makes the run ready, and the batcher calls this again. A request that is
+    queued, perhaps because it was retried meanwhile, is left alone.
+    """
+    for start in range(0, len(parents), _PARENTS_AT_ONCE):
+        ids = json.dumps(parents[start : start + _PARENTS_AT_ONCE])
+        runs = [(row["id"], row["changed"]) for row in database.rows(_ENDED_RUNS, {"parents": ids, "least": 0})]
+        if runs:
+            _settle_some(database, ids, runs, now)
+
+
+def _settle_some(database: Database, parents: str, runs: Sequence[tuple[str, int]], now: datetime) -> None:
+    """See `settle_children`. :param parents: ids, JSON. :param runs: each parent's id, and its run's count."""
+    values = {"parents": parents, "rows_per_commit": 0}
+
+    def cancel(transaction: Transaction, rows: int) -> int:
+        which = _SOME_ENDED_CHILDREN.format(which="state = 'queued'")
+        parameters = [{**values, "least": 0, "rows_per_commit": rows}]
+        return len(transition(transaction, RequestState.CANCELLED, which, parameters, now=now))
+
+    def release(transaction: Transaction, rows: int) -> int:
+        which = _SOME_ENDED_CHILDREN.format(which="collections > 0 AND finished_at IS NOT NULL")
+        return transaction.execute(
+            f"UPDATE requests SET parent = NULL, step = NULL, position = NULL WHERE {which}",
+            {**values, "least": REMOVE_OTHERS, "rows_per_commit": rows},
+        ).rowcount
+
+    def delete(transaction: Transaction, rows: int) -> int:
+        which = _SOME_ENDED_CHILDREN.format(which="finished_at IS NOT NULL")
+        return len(delete_requests(transaction, which, {**values, "least": REMOVE_ALL, "rows_per_commit": rows}))
+
+    for step in (cancel, release, delete):
+        database.write_in_steps(step, rows_per_commit=ROWS_PER_COMMIT)
+
+    def end(transaction: Transaction) -> None:
+        transaction.execute(_DELETE_RUNS, {"parents": parents})
+        transaction.execute_many(_SET_SETTLED, [{"parent": id, "changed": changed} for id, changed in runs])
+
+    database.write(end)
 
 
 class Requests:
@@ -893,7 +961,7 @@ class Requests:
         cancelled = self._change_one(id, RequestState.CANCELLED, "id = :id", now=now, error_type=NotCancellable)
         if cancelled.service != PIPELINE:
             return cancelled
-        self.settle_children(id, now=now)
+        self.settle_children([id], now=now)
         return self.get(id)
 
     def retry(self, id: str, *, now: datetime) -> RequestRecord:
@@ -943,44 +1011,11 @@ class Requests:
 
         removed = self._database.write(write)
         if removed["service"] == PIPELINE:
-            self.settle_children(id, now=from_text(removed["finished_at"]))
+            self.settle_children([id], now=from_text(removed["finished_at"]))
 
-    def settle_children(self, parent: str, *, now: datetime) -> None:
-        """Cancel the queued steps of a request to a pipeline that has ended; delete those of one that was deleted.
-
-        What a worker has yet ends first: that makes the run ready, and the batcher calls this again.
-        """
-        run = self._database.row(_RUN, (parent,))
-        if run is None:
-            return
-
-        def cancel(transaction: Transaction, rows: int) -> int:
-            which = _SOME_CHILDREN.format(which="state = 'queued'")
-            values = [{"parent": parent, "rows_per_commit": rows}]
-            return len(transition(transaction, RequestState.CANCELLED, which, values, now=now))
-
-        def release(transaction: Transaction, rows: int) -> int:
-            which = _SOME_CHILDREN.format(which="collections > 0 AND finished_at IS NOT NULL")
-            values = {"parent": parent, "rows_per_commit": rows}
-            return transaction.execute(
-                f"UPDATE requests SET parent = NULL, step = NULL, position = NULL WHERE {which}", values
-            ).rowcount
-
-        def delete(transaction: Transaction, rows: int) -> int:
-            which = _SOME_CHILDREN.format(which="finished_at IS NOT NULL")
-            return delete_requests(transaction, which, {"parent": parent, "rows_per_commit": rows})
-
-        steps = [cancel]
-        if run["removed"]:
-            steps += [release, delete] if run["removed"] == REMOVE_OTHERS else [delete]
-        for step in steps:
-            self._database.write_in_steps(step, rows_per_commit=ROWS_PER_COMMIT)
-
-        def end(transaction: Transaction) -> None:
-            if not run["removed"] or not transaction.execute(_DELETE_RUN, {"parent": parent}).rowcount:
-                transaction.execute(_SET_SETTLED, {"parent": parent, "changed": run["changed"]})
-
-        self._database.write(end)
+    def settle_children(self, parents: Sequence[str], *, now: datetime) -> None:
+        """See the function."""
+        settle_children(self._database, parents, now=now)
 
     def retry_children(self, parent: str, *, now: datetime) -> None:
         """Queue the steps of a request to a pipeline again that did not succeed; those without a request are open."""
@@ -1037,4 +1072,4 @@ class Requests:
                 f"SELECT * FROM requests WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT :limit",
                 {"model": model, "before": before, "limit": limit},
             ).fetchall()
-            return read_requests(connection, rows)
+            return read_requests(connection, rows, with_steps=False)

@@ -137,8 +137,13 @@ class Retention:
 
     def _purge_requests(self, which: str, before: datetime, *, keeps_members: bool = False) -> int:
         return self._in_steps(
-            lambda transaction, rows: delete_requests(
-                transaction, which, {"before": to_text(before), "rows_per_commit": rows}, keeps_members=keeps_members
+            lambda transaction, rows: len(
+                delete_requests(
+                    transaction,
+                    which,
+                    {"before": to_text(before), "rows_per_commit": rows},
+                    keeps_members=keeps_members,
+                )
             )
         )
 

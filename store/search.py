@@ -219,7 +219,7 @@ class Search:
         with self._database.read() as connection:
             search.add_time_bounds(connection, query.since, query.until)
             rows = connection.execute(search.page_sql, search.values).fetchall()
-            requests = read_requests(connection, rows[:limit])
+            requests = read_requests(connection, rows[:limit], with_steps=False)
             if len(rows) > limit:
                 return Page(requests=requests, next_before=requests[-1].number)
             last_scanned = connection.execute(search.last_scanned_sql, search.values).fetchone()

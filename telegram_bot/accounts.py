@@ -43,7 +43,11 @@ class Accounts:
         text = None if key is None else key.reveal()
         if text not in self._clients:
             self._clients[text] = AsyncClient(
-                self._settings.server_url, text or "", retry_timeout_seconds=_RETRY_SECONDS, connections=_CONNECTIONS
+                self._settings.server_url,
+                text or "",
+                retry_timeout_seconds=_RETRY_SECONDS,
+                connections=_CONNECTIONS,
+                user_agent="mlg_telegram",
             )
         return self._clients[text]
 

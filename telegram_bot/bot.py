@@ -6,6 +6,7 @@ Called by `mlg telegram`, tests and benchmarks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sqlite3
@@ -68,12 +69,12 @@ async def run_bot(
     try:
         await _run(settings, token, users, secret, stop, on_ready, timings or BotTimings(), clock)
     except (ExceptionGroup, telegram.error.InvalidToken, sqlite3.Error) as error:
-        causes = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
-        if any(isinstance(cause, telegram.error.InvalidToken) for cause in causes):
+        causes = error if isinstance(error, ExceptionGroup) else ExceptionGroup("", [error])
+        if causes.subgroup(telegram.error.InvalidToken) is not None:
             # Without the error itself, which quotes the token.
             raise ConfigError("Telegram does not accept the token. Ask @BotFather for a new one: /token.") from None
-        if any(isinstance(cause, sqlite3.Error) for cause in causes):
-            raise MlgError(f"{settings.database} cannot be read or written: {causes[0]}.") from error
+        if causes.subgroup(sqlite3.Error) is not None:
+            raise MlgError(f"{settings.database} cannot be read or written. Is the disk full?") from error
         raise
     finally:
         undo()
@@ -182,10 +183,10 @@ async def _start(bot: telegram.Bot, stop: asyncio.Event, *, is_polling: bool) ->
             raise
         except telegram.error.TelegramError as error:
             log.warning("Telegram does not answer: %s", error)
-        try:
-            await asyncio.wait_for(stop.wait(), pause)
-        except TimeoutError:
-            pause = min(_MAX_PAUSE_SECONDS, pause * 2)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await stop.wait()
+        pause = min(_MAX_PAUSE_SECONDS, pause * 2)
     return False
 
 

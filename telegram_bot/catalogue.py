@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from mlg_client import Model
 from telegram_bot.texts import say
@@ -25,12 +24,13 @@ def digest(name: str) -> str:
 
 def image_inputs(model: Model) -> list[str]:
     """Name the images that a model needs: the photo, and for some a second one with a style."""
-    return list(_needed(model))
+    return [name for name, kind in _needed(model).items() if kind == "image"]
 
 
-def _needed(model: Model) -> dict[str, Mapping[str, Any]]:
-    inputs = model.raw.get("inputs") or {"image": {"kind": model.raw.get("input", "image"), "is_optional": False}}
-    return {name: one for name, one in inputs.items() if not one["is_optional"]}
+def _needed(model: Model) -> Mapping[str, str]:
+    """Return the kind of each input that a model needs, by name."""
+    inputs = model.raw.get("inputs") or {"image": {"kind": model.raw.get("input", "image")}}
+    return {name: str(one["kind"]) for name, one in inputs.items() if not one.get("is_optional")}
 
 
 class ModelMenu:
@@ -87,8 +87,10 @@ def service_title(name: str) -> str:
 
 
 def _takes_photos(model: Model) -> bool:
-    needed = _needed(model)
-    return 1 <= len(needed) <= 2 and all(one.get("kind") == "image" for one in needed.values())
+    if model.raw.get("takes_faces"):
+        return False  # biometric data, for which nobody in a chat is asked
+    kinds = list(_needed(model).values())
+    return kinds in (["image"], ["image", "image"])
 
 
 def _page(entries: Sequence[tuple[str, str]], page: int, prefix: str, turn: str) -> Buttons:

@@ -7,6 +7,7 @@ keeps it. An upload has the job's idempotency key, so that a repetition after a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from telegram_bot.accounts import Accounts
 from telegram_bot.catalogue import image_inputs
 from telegram_bot.conversation import MAX_FILE_BYTES, Conversation, day_of
 from telegram_bot.publisher import flood_seconds
-from telegram_bot.rendering import MAX_TEXT, album_text, answer_text, file_of, shorten, values_text
+from telegram_bot.rendering import MAX_TEXT, album_text, answer_text, file_of, progress_text, shorten, values_text
 from telegram_bot.state import (
     CHOOSING,
     COLLECTING,
@@ -33,17 +34,19 @@ from telegram_bot.state import (
     Photo,
     PhotoJob,
 )
-from telegram_bot.texts import duration, say
+from telegram_bot.texts import say
 
 log = logging.getLogger(__name__)
 
 #: Steps that run at once, of all chats and of one; due jobs that are looked at for them; bytes of photos in memory.
 _AT_ONCE, _AT_ONCE_IN_CHAT, _LOOK_AHEAD, _MEMORY_BYTES = 8, 2, 64, 64 * 1024 * 1024
-#: Larger albums are sent photo by photo.
-_MAX_ALBUM_BYTES = 32 * 1024 * 1024
+#: Larger albums are sent in parts.
+_MAX_PART_BYTES = 32 * 1024 * 1024
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS, _GIVE_UP_SECONDS = 1.0, 60.0, 86400.0
 #: Interval between two looks at the time that a waiting job still takes, and how many of them a second at most.
 _REFRESH_SECONDS, _MAX_REFRESH_SECONDS, _MAX_REFRESHES_PER_SECOND = 10.0, 300.0, 10
+#: ... of a job whose progress the server reports.
+_PROGRESS_SECONDS = 4.0
 #: Characters of JSON that are kept of an answer; a longer one is kept as the text that a chat shows of it.
 _MAX_PREDS = 20_000
 #: Most bytes of a file that a bot may send.
@@ -102,10 +105,9 @@ class JobRunner:
                 due_at = self._state.next_due_at()
                 # What is due already and does not fit waits for a step to end, which wakes this.
                 pause = 60.0 if due_at is None else due_at - now if due_at > now else 5.0
-                try:
-                    await asyncio.wait_for(self._wakeup.wait(), min(60.0, pause))
-                except TimeoutError:
-                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(60.0, pause)):
+                        await self._wakeup.wait()
         finally:
             tasks = [task for _, task in self._running.values()]
             for task in tasks:
@@ -172,36 +174,37 @@ class JobRunner:
 
     async def _upload(self, job: PhotoJob, model: Model, photos: Sequence[Photo]) -> list[Request | Refused]:
         """Fetch the photos from Telegram and send them. :return: for each its request or its refusal."""
-        client, labels = self._accounts.client(job.chat_id), {"source": "telegram"}
-        inputs = image_inputs(model)
-        needs_style = len(inputs) > 1
-        size_bytes = sum(photo.size_bytes or MAX_FILE_BYTES for photo in photos)
-        if len(photos) > 1 and not needs_style and size_bytes <= _MAX_ALBUM_BYTES:
-            async with self._memory.hold(size_bytes):
-                images = [await self._fetch(photo.file_id) for photo in photos]
-                names = [f"{photo.position + 1}-{photo.name}" for photo in photos]
-                batch = await client.submit_many(
-                    images, model.name, names=names, labels=labels, idempotency_key=job.key
-                )
-                return list(batch.outcomes)
-        outcomes: list[Request | Refused] = []
-        for photo in photos:
-            async with self._memory.hold((photo.size_bytes or MAX_FILE_BYTES) + MAX_FILE_BYTES * needs_style):
-                image: Any = await self._fetch(photo.file_id)
-                if needs_style:
-                    image = {inputs[0]: image, inputs[1]: await self._fetch(job.style_file or "")}
+        inputs, outcomes = image_inputs(model), list[Request | Refused]()
+        style_bytes = MAX_FILE_BYTES if len(inputs) > 1 else 0
+        for part in _parts(photos):
+            async with self._memory.hold(style_bytes + sum(map(_size_bytes, part))):
                 try:
-                    key = f"{job.key}-{photo.position}"
-                    request = await client.submit(
-                        image, model.name, name=photo.name, labels=labels, idempotency_key=key
-                    )
-                    outcomes.append(request)
+                    shared = {name: await self._fetch(job.style_file or "") for name in inputs[1:]}
+                    outcomes += await self._upload_part(job, model, part, inputs[0], shared)
                 except ClientError as error:
                     # What the server has accepted is answered, although it does not take the rest.
                     if not _is_final(error) or not any(isinstance(outcome, Request) for outcome in outcomes):
                         raise
-                    outcomes.append(Refused(error.reason, code=error.code, status=error.status))
+                    outcomes += [Refused(error.reason, code=error.code, status=error.status)] * len(part)
         return outcomes
+
+    async def _upload_part(
+        self, job: PhotoJob, model: Model, photos: Sequence[Photo], input: str, shared: Mapping[str, bytes]
+    ) -> list[Request | Refused]:
+        """Send photos that are together in memory: one as a request, several as a batch.
+
+        :param shared: the further inputs, the same for all.
+        """
+        client, labels = self._accounts.client(job.chat_id), {"source": "telegram"}
+        images = [await self._fetch(photo.file_id) for photo in photos]
+        names, key = [f"{photo.position + 1}-{photo.name}" for photo in photos], f"{job.key}-{photos[0].position}"
+        if len(photos) == 1:
+            image = {input: images[0], **shared} if shared else images[0]
+            return [await client.submit(image, model.name, name=photos[0].name, labels=labels, idempotency_key=key)]
+        batch = await client.submit_many(
+            images, model.name, names=names, inputs=shared, labels=labels, idempotency_key=key
+        )
+        return list(batch.outcomes)
 
     async def _fetch(self, file_id: str) -> bytes:
         """Fetch a file from Telegram. :raises _FileGone: :raises telegram.error.TelegramError: try again later."""
@@ -236,21 +239,23 @@ class JobRunner:
     async def _refresh(self, job: PhotoJob) -> None:
         """Show how long a job still takes."""
         open_photos = [photo for photo in self._state.photos(job) if photo.answer is None and photo.request_id]
-        eta: float | None = None
+        found: Request | None = None
         try:
             if open_photos:
                 found = await self._accounts.client(job.chat_id).read(open_photos[-1].request_id or "")
                 if found.is_final:
                     self.record(found)
-                eta = found.eta_seconds
         except ClientError as error:
             # The watcher finds out what has become of it.
             log.info("a waiting request cannot be read: %s", error.reason, extra={"job": job.id, "code": error.code})
         with self._state.transaction():
-            self._show_progress(job, eta)
+            self._show_progress(job, found)
             load = self._state.count_waiting() / _MAX_REFRESHES_PER_SECOND
             now = self._clock()
-            pause = max(_REFRESH_SECONDS, load, min(_MAX_REFRESH_SECONDS, (now - job.created_at) / 4))
+            pause = max(_REFRESH_SECONDS, min(_MAX_REFRESH_SECONDS, (now - job.created_at) / 4))
+            if found is not None and "progress" in found.raw:
+                pause = _PROGRESS_SECONDS
+            pause = max(pause, load)
             self._state.set_job(job, due_at=now if self._current(job).is_cancelled else now + pause)
 
     async def _cancel(self, job: PhotoJob) -> None:
@@ -283,8 +288,11 @@ class JobRunner:
                 self._show_progress(job, None)
             self._on_change(job.chat_id)
 
-    def _show_progress(self, job: PhotoJob, eta: float | None) -> None:
-        """Show the answers of a job if it has all of them, else how far it is."""
+    def _show_progress(self, job: PhotoJob, found: Request | None) -> None:
+        """Show the answers of a job if it has all of them, else how far it is.
+
+        :param found: a request of the job that was just read.
+        """
         job = self._current(job)
         photos, language = self._state.photos(job), self._language(job)
         model = self._conversation.menu.find(job.model)
@@ -292,9 +300,7 @@ class JobRunner:
         done = [photo for photo in photos if photo.answer is not None]
         buttons = [[(say(language, "button_cancel"), f"x{job.id}")]]
         if len(done) < len(photos):
-            text = say(language, "queued") if eta is None else say(language, "queued_for", time=duration(eta))
-            if len(photos) > 1:
-                text = f"{text} {say(language, 'answered_of', done=len(done), count=len(photos))}"
+            text = progress_text(found, language, done=len(done), count=len(photos))
             if not job.is_cancelled:
                 self._show(job, Content(text=text, buttons=buttons))
             return
@@ -388,6 +394,20 @@ class _Held:
 
     async def __aexit__(self, *error: object) -> None:
         await self._memory.give(self._size_bytes)
+
+
+def _size_bytes(photo: Photo) -> int:
+    return photo.size_bytes or MAX_FILE_BYTES
+
+
+def _parts(photos: Sequence[Photo]) -> list[list[Photo]]:
+    """Divide the photos of an album into parts that are sent one after the other."""
+    parts: list[list[Photo]] = []
+    for photo in photos:
+        if not parts or sum(map(_size_bytes, parts[-1])) + _size_bytes(photo) > _MAX_PART_BYTES:
+            parts.append([])
+        parts[-1].append(photo)
+    return parts
 
 
 def _is_final(error: ClientError) -> bool:

@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import telegram
 
-from mlg_client import AsyncClient, ClientError, Refused
+from mlg_client import ClientError, Refused
 from telegram_bot.accounts import Accounts
 from telegram_bot.rendering import MAX_CAPTION, MAX_TEXT, shorten
 from telegram_bot.state import BotState, Content, Message
@@ -78,6 +78,8 @@ class Publisher:
         self._busy: set[int] = set()
         self._failures: dict[int, int] = {}
         self._flooded: set[int] = set()
+        #: Messages that were sent again because they were gone.
+        self._resent: set[int] = set()
         self._files = asyncio.Semaphore(_FILES_AT_ONCE)
 
     def wake(self, chat_id: int) -> None:
@@ -171,8 +173,10 @@ class Publisher:
                     await self._edit_file(message, message.message_id, *message.content.file)
         except telegram.error.BadRequest as error:
             text = error.message.lower()
-            if any(gone in text for gone in _GONE):
-                self._state.set_sent(message, None)  # the user has deleted it
+            if any(gone in text for gone in _GONE) and message.id not in self._resent:
+                # The user has deleted it. A second time would mean that it cannot be edited at all.
+                self._resent.add(message.id)
+                self._state.set_sent(message, None)
                 return
             if _SAME not in text:
                 raise
@@ -191,7 +195,7 @@ class Publisher:
     async def _edit_file(self, message: Message, message_id: int, request_id: str, name: str, media_type: str) -> None:
         content = message.content
         try:
-            data = await read_file(self._accounts.client(message.chat_id), request_id, name)
+            data = await self._accounts.client(message.chat_id).file(request_id, name)
         except Refused as error:
             log.info("a file of an answer is gone: %s", error.reason, extra={"request": request_id})
             chat = self._state.chat(message.chat_id)
@@ -216,11 +220,6 @@ class Publisher:
                 if not is_about_photo or any(known in error.message.lower() for known in (*_GONE, *_NO_CHAT, _SAME)):
                     raise
                 log.info("sent as a file, not as a photo: %s", error)
-
-
-async def read_file(client: AsyncClient, request_id: str, name: str) -> bytes:
-    """Read the file of an answer from the server. :raises ClientError:"""
-    return await client.file(request_id, name)
 
 
 def flood_seconds(error: telegram.error.RetryAfter) -> float:

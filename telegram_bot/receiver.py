@@ -11,6 +11,7 @@ import hmac
 import json
 import logging
 import secrets
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
@@ -65,6 +66,8 @@ class Receiver:
                 try:
                     with self._state.savepoint():
                         chats.append(self._conversation.handle(update))
+                except sqlite3.Error:
+                    raise  # nothing of this part is confirmed, so it comes again
                 except Exception:
                     log.exception("an update cannot be applied", extra={"update": update.update_id})
                     self._state.add_update(update.update_id, self._clock())

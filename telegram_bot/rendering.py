@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlg_client import Request
 from telegram_bot.state import Photo
-from telegram_bot.texts import say
+from telegram_bot.texts import duration, say
 
 #: What Telegram takes, in UTF-16 units: a message, and the text under a file.
 MAX_TEXT, MAX_CAPTION = 4096, 1024
@@ -31,6 +32,23 @@ def answer_text(answer: Mapping[str, Any], language: str, title: str) -> str:
     if answer.get("unknown"):
         lines += [say(language, "unknown"), ""]
     return "\n".join([*lines, values_text(answer.get("preds"))])
+
+
+def progress_text(request: Request | None, language: str, *, done: int, count: int) -> str:
+    """Write how far a job is.
+
+    :param request: one that it still waits for, as the server reports it; None if that is not known.
+    :param done: photos of its `count` that are answered.
+    """
+    part: Any = None if request is None else request.raw.get("progress")
+    if request is not None and request.status == "claimed":
+        is_known = isinstance(part, int | float)
+        text = say(language, "working_part", percent=round(100 * part)) if is_known else say(language, "working")
+    elif request is not None and request.eta_seconds is not None:
+        text = say(language, "queued_for", time=duration(request.eta_seconds))
+    else:
+        text = say(language, "queued")
+    return text if count == 1 else f"{text} {say(language, 'answered_of', done=done, count=count)}"
 
 
 def album_text(photos: Sequence[Photo], language: str, title: str) -> str:

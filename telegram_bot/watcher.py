@@ -93,7 +93,8 @@ class Watcher:
                 else:
                     log.error("cannot wait for answers", exc_info=error)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stream.changed.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await stream.changed.wait()
                 pause = min(_MAX_PAUSE_SECONDS, pause * 2)
         finally:
             slots.release()

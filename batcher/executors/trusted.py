@@ -70,4 +70,4 @@ class WithoutFaces:
         try:
             return find_artefact(self._models, model).takes_faces
         except MlgError:
-            return False  # not installed, so no chunk of it can be packed
+            return row is None  # a model of the operator's own, of which nothing is known now

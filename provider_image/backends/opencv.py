@@ -139,6 +139,8 @@ def load_net(artefact: Artefact, device: Device) -> OpencvNet:
 
 def make_copy(artefact: Artefact, options: Mapping[str, Any]) -> Method:
     """Make the method of services that have done their work when an image is decoded. See `MethodFactory`."""
+    if options:
+        raise ValueError("the method copy has no options")
     return lambda pixels: pixels.copy()
 
 

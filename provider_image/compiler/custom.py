@@ -49,6 +49,8 @@ IMAGE_BUILDERS = {
     "keras": "provider_image.compiler.image_nets.builder:build_keras",
     "onnx": "provider_image.compiler.image_nets.builder:build_onnx",
 }
+#: Values of --service.
+SERVICES = ("classification", "embedding", "face_detection", IMAGE_SERVICE)
 #: Values of --preprocessing.
 PREPROCESSINGS = ("none", "unit", "tf", "torch", "caffe")
 #: Values of --returns.
@@ -110,7 +112,7 @@ class CustomModel:
     returns: str | None = None
     #: One of CHANNELS, for an ONNX file; None takes what the file states, or rgb.
     channels: str | None = None
-    #: The service that runs it; embedding and face_detection for an ONNX file only.
+    #: The service that runs it, one of SERVICES.
     service: str = "classification"
     #: True if it takes images of faces.
     takes_faces: bool = False
@@ -218,6 +220,7 @@ def check_description(models: Path, custom: CustomModel) -> None:
     """Check name, title and choices. :raises ConfigError: one of them cannot be used, or the name is taken."""
     check_custom_name(models, custom.name, custom.title)
     for what, choice, choices in (
+        ("service", custom.service, SERVICES),
         ("preprocessing", custom.preprocessing, PREPROCESSINGS),
         ("output", custom.returns, RETURNED_RANGES if custom.service == IMAGE_SERVICE else RETURNS),
         ("order of channels", custom.channels, CHANNELS),

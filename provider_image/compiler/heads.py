@@ -124,6 +124,7 @@ def build(
             preprocessing=backbone.preprocessing,
             crop=backbone.crop,
             source="own",
+            takes_faces=backbone.takes_faces,
         ),
         labels=tuple((name, name) for name in head.classes),
         weights_sha256=_digest(backbone, head),

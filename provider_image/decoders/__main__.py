@@ -103,8 +103,8 @@ def _thumbnail(inputs: Mapping[str, bytes], side: int) -> dict[str, bytes]:
     return {name: thumbnail(each, side) for name, each in inputs.items()}
 
 
-def _measure(inputs: Mapping[str, bytes]) -> dict[str, bytes]:
-    return {name: encode_measures(each) for name, each in inputs.items()}
+def _measure(inputs: Mapping[str, bytes], with_tilt: bool) -> dict[str, bytes]:
+    return {name: encode_measures(each, with_tilt=with_tilt) for name, each in inputs.items()}
 
 
 def _sheet(inputs: Mapping[str, bytes], cells: list[tuple[str | None, list[str]]]) -> dict[str, bytes]:

@@ -77,7 +77,7 @@ class Cascades:
         for row, box, weight in zip(found, boxes, np.ravel(weights), strict=True):
             row[0:4] = box
             row[4:8] = self._find_eyes(cv2, grey, *map(int, box))
-            row[8] = 1 / (1 + math.exp((_HALF_WEIGHT - weight) / _WEIGHT_SCALE))
+            row[8] = 1 / (1 + math.exp(min(50.0, (_HALF_WEIGHT - weight) / _WEIGHT_SCALE)))
         found[:, [0, 1, 4, 5, 6, 7]] -= _BORDER
         return keep_best(found)
 

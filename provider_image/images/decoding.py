@@ -158,7 +158,7 @@ def decode_fitted(data: bytes, width: int, height: int, *, enlarged_to: int = 0,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ImagePart:
     """A rectangle in an upright image, in its pixels. It may reach beyond the image."""
 
     left: float
@@ -169,7 +169,7 @@ class Part:
     angle: float = 0.0
 
 
-def decode_part(data: bytes, find_part: Callable[[int, int], Part], max_side: int) -> PIL.Image.Image:
+def decode_part(data: bytes, find_part: Callable[[int, int], ImagePart], max_side: int) -> PIL.Image.Image:
     """Decode a part of an image to RGB, turned so that its top is level.
 
     :param find_part: returns the part for the width and height of the upright image.
@@ -313,7 +313,7 @@ class _UprightImage:
             target, filter, (*_point(axis, box[axis], 0), *_point(axis, box[axis + 2], target[other]))
         )
 
-    def turned(self, part: Part, max_side: int) -> PIL.Image.Image:
+    def turned(self, part: ImagePart, max_side: int) -> PIL.Image.Image:
         """Return a part, turned so that its top is level; see `decode_part`. :return: mode L or RGB."""
         import PIL.Image
 

@@ -315,12 +315,12 @@ _MODELS = (
 #: What has no weights, and so no embedding.
 _METHODS = (
     _method_row("crop", "Crop"),
-    _method_row("denoise", "Noise removal", service="image_to_image"),
     _method_row("face_crop", "Face crop", service="crop", takes_faces=True),
     _method_row("face_detector", "Face detector", service="face_detection", takes_faces=True),
     _method_row("face_quality", "Face quality", takes_faces=True),
     _method_row("quality", "Image quality"),
     _method_row("texture", "Texture", service="style_transfer"),
+    _method_row("denoise", "Noise removal", service="image_to_image"),
 )
 
 #: What has weights, takes images of any size and has no embedding.

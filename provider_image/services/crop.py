@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import MalformedResults
-from provider_image.images.decoding import Part, decode_part
+from provider_image.images.decoding import ImagePart, decode_part
 from provider_image.images.headers import MAX_SIDE
-from provider_image.images.outputs import FORMAT, IMAGE_OUTPUT, check_image, compare_images, encode_image
+from provider_image.images.outputs import FORMAT, IMAGE_OUTPUT, check_image, compare_images, encode_image, image_format
 from provider_image.service import IMAGE_ANSWER, Difference, Output, OutputFile, Param
 from provider_image.services.one_image import OneImage
 
@@ -38,9 +38,18 @@ class Crop(OneImage):
     help = "Cuts a rectangle out of an image, turned upright: with its box and angle, a face that was found in it."
     params: tuple[Param, ...] = (
         _pixels("left", "Left edge in pixels of the image as it is shown, upright."),
-        _pixels("top", "Upper edge in pixels."),
+        _pixels("upper", "Upper edge in pixels."),
         _pixels("width", "Width in pixels; 0 takes all up to the image's right edge."),
         _pixels("height", "Height in pixels; 0 takes all down to the image's lower edge."),
+        Param(
+            name="centre",
+            kind="number",
+            default=0.0,
+            minimum=0,
+            maximum=1,
+            help="Side of a square in the image's centre, as a share of the shorter side, in place of left, upper, "
+            "width and height; 0 takes those.",
+        ),
         Param(
             name="angle",
             kind="number",
@@ -81,7 +90,7 @@ class Crop(OneImage):
                 }
                 for name in ("width", "height")
             },
-            "format": {"type": "string", "enum": FORMAT.choices},
+            "format": {"type": "string", "enum": list(FORMAT.choices)},
         },
     }
     example: Mapping[str, Any] = {"width": 160, "height": 200, "format": "png"}
@@ -92,13 +101,17 @@ class Crop(OneImage):
         """Decode the part of the image. It is never resized before."""
         import numpy as np
 
-        def find_part(width: int, height: int) -> Part:
-            part_width = params["width"] or max(1.0, width - params["left"])
-            part_height = params["height"] or max(1.0, height - params["top"])
+        def find_part(width: int, height: int) -> ImagePart:
+            left, top = params["left"], params["upper"]
+            part_width = params["width"] or max(1.0, width - left)
+            part_height = params["height"] or max(1.0, height - top)
+            if params["centre"]:
+                part_width = part_height = max(1.0, params["centre"] * min(width, height))
+                left, top = (width - part_width) / 2, (height - part_height) / 2
             across, down = params["margin"] * part_width, params["margin"] * part_height
-            return Part(
-                left=params["left"] - across,
-                top=params["top"] - down,
+            return ImagePart(
+                left=left - across,
+                top=top - down,
                 width=part_width + 2 * across,
                 height=part_height + 2 * down,
                 angle=params["angle"],
@@ -110,8 +123,8 @@ class Crop(OneImage):
         """Encode each part."""
         outputs = []
         for pixels, each in zip(net.infer(items), params, strict=True):
-            data, format = encode_image(pixels, each["format"])
-            facts = {"width": pixels.shape[1], "height": pixels.shape[0], "format": format}
+            data = encode_image(pixels, each["format"])
+            facts = {"width": pixels.shape[1], "height": pixels.shape[0], "format": image_format(data)}
             outputs.append(Output(data=facts, files={IMAGE_ANSWER: data}))
         return outputs
 

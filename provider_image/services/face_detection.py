@@ -72,7 +72,11 @@ class FaceDetection:
                     "type": "object",
                     "required": ["box", "eyes", "angle", "score"],
                     "properties": {
-                        "box": {"type": "object", "required": _BOX, "properties": dict.fromkeys(_BOX, _COORDINATE)},
+                        "box": {
+                            "type": "object",
+                            "required": list(_BOX),
+                            "properties": dict.fromkeys(_BOX, _COORDINATE),
+                        },
                         "eyes": {
                             "type": "array",
                             "maxItems": 2,

@@ -48,7 +48,7 @@ class FaceQuality(OneImage):
             "problems": {
                 "type": "array",
                 "maxItems": len(PROBLEMS),
-                "items": {"type": "string", "enum": PROBLEMS},
+                "items": {"type": "string", "enum": list(PROBLEMS)},
                 "description": "what is wrong with it; empty for a face that can be seen well",
             },
         },

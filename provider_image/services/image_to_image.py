@@ -51,6 +51,8 @@ class ImageToImage(OneImage):
     name = "image_to_image"
     title = "Image to image"
     help = "Changes an image, for example removes its noise, and returns it."
+    #: A large image takes many seconds; see `provider_image.services.chunk_items`.
+    chunk_items = 1
     params = (FORMAT, AMOUNT)
     outputs: Mapping[str, OutputFile] = {IMAGE_ANSWER: IMAGE_OUTPUT}
     output_schema: Mapping[str, Any] = {

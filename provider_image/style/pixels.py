@@ -75,9 +75,10 @@ def to_pixels(values: Array) -> Array:
 
 def luminance(image: Array) -> Array:
     """Return the luminance of RGB: f32, shape (height, width)."""
-    import numpy as np
-
-    return np.asarray(image @ np.array(_LUMINANCE, np.float32), np.float32)
+    # Not as a product of matrices, which rounds differently on different processors.
+    red, green, blue = _LUMINANCE
+    found: Array = red * image[..., 0] + green * image[..., 1] + blue * image[..., 2]
+    return found
 
 
 def with_luminance(image: Array, values: Array) -> Array:

@@ -173,11 +173,20 @@ _REQUEST = success(
 )
 #: What the details of a request have beside the request.
 _DETAIL = object_schema(
-    "params image_sha256 image_bytes picture_url timeline",
+    "params image_sha256 image_bytes picture_url inputs timeline",
     params={"type": "object", "description": "What the client chose."},
     image_sha256=string("Hash of the image's bytes."),
     image_bytes=integer("The image's size."),
     picture_url=nullable(string("Path of the image; null after it was deleted.")),
+    inputs={
+        "type": "object",
+        "additionalProperties": object_schema(
+            url=nullable(string("Path of the input; null after it was deleted.")),
+            media_type=string("Its media type."),
+            bytes=integer("Its size."),
+        ),
+        "description": "What it has beside its first input, by name.",
+    },
     timeline=list_of(
         {
             **object_schema(event=string("What happened."), at=nullable(timestamp("When."))),
@@ -404,6 +413,7 @@ _CATALOGUE_MODEL = object_schema(
         "description": "All that it takes, by name; the first is `input`.",
     },
     answers_with_image=boolean("Whether its answer is an image, see `image_url` of a request."),
+    takes_faces=boolean("Whether it is for images of people's faces, which are treated as biometric data."),
     columns=list_of({"type": "string"}, "The columns of the table row that it takes; empty if it takes none."),
     installed=boolean("Whether it is installed."),
     builds_on_first_use=boolean("Whether the first request installs it."),

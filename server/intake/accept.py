@@ -55,7 +55,7 @@ from store import new_id
 from store.batches import BatchRecord
 from store.clients.usage import ClientKind
 from store.collections.collections import CollectionRecord
-from store.errors import QuotaReached
+from store.errors import NotRetryable, QuotaReached
 from store.images import StagedImage
 from store.pipelines.definition import PIPELINE, Pipeline, PipelineService
 from store.pipelines.folder import PipelineFolder
@@ -446,6 +446,22 @@ class Intake:
 
     # Checks
 
+    def check_retry(self, model: str, *, has_expired: bool = False) -> None:
+        """Check that requests to a model may be tried again.
+
+        :param has_expired: a request was cancelled because it had waited too long.
+        :raises FacesDisabled: the operator has turned faces off since. :raises NotRetryable:
+        """
+        try:
+            takes_faces = find_row(self._settings.models, model).takes_faces
+        except errors.UnknownModel:
+            pipeline = self._pipelines.find(model)
+            takes_faces = pipeline is not None and pipeline.takes_faces
+        if takes_faces:
+            check_faces(self._settings, RequestOptions(), self._clock())
+            if has_expired:
+                raise NotRetryable("It has waited for as long as images of faces are kept. Send the image again.")
+
     def _check(self, model: str, fields: Mapping[str, str], options: RequestOptions) -> _Submission:
         try:
             row = find_row(self._settings.models, model)
@@ -457,7 +473,7 @@ class Intake:
         service = load_service(row.service)
         checked = self._check_fields(service, fields)
         if row.takes_faces:
-            options = check_faces(self._settings, options)
+            options = check_faces(self._settings, options, self._clock())
             checked["shares_answers"] = False
         return _Submission(
             row=row,
@@ -471,6 +487,8 @@ class Intake:
 
     def _check_pipeline(self, pipeline: Pipeline, fields: Mapping[str, str], options: RequestOptions) -> _Submission:
         """Check a request to a pipeline. :raises NotInstalled: a model of one of its steps is not."""
+        if pipeline.takes_faces:
+            options = check_faces(self._settings, options, self._clock())
         for step in pipeline.steps:
             artefact_digest(self._settings.models, find_row(self._settings.models, step.model))
         service = cast("Service", PipelineService(inputs=pipeline.inputs()))
@@ -485,6 +503,7 @@ class Intake:
             digest=None,
             options=options,
             key_id=current_key_id(),
+            client=current_client_kind(),
             pipeline=pipeline.to_text(),
             **checked,
         )

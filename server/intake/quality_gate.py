@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from provider_image.decoders import DecoderPool
-from provider_image.errors import BrokenImage, ChunkTimeout, InvalidParams, MlgError, WorkerDied
+from provider_image.errors import (
+    BrokenImage,
+    ChunkTimeout,
+    DecodingUnavailable,
+    InvalidParams,
+    MlgError,
+    WorkerDied,
+)
 from provider_image.images.headers import MAX_SIDE
 from provider_image.images.quality import MEASURES
 from server.endpoint import Field
@@ -133,7 +140,8 @@ class QualityGate:
         :raises BadInput: it cannot be decoded.
         :raises DecodingUnavailable: no process is free or can be started; the image is not at fault.
         """
-        job = {"do": "measure", "options": {}, "inputs": {"image": str(staged.path)}}
+        options = {"with_tilt": any(LIMITS[name].measure == "tilt" for name in limits)}
+        job = {"do": "measure", "options": options, "inputs": {"image": str(staged.path)}}
         result = self._pool.run(job, wait_seconds=wait_seconds)
         if isinstance(result, FileNotFoundError):
             raise ImageGone() from result
@@ -152,9 +160,13 @@ class QualityGate:
 
         def check(staged: StagedImage) -> None:
             seconds = give_up_at - time.monotonic()
-            if seconds <= 0:
-                raise NotMeasured("Measuring the images of the batch took too long. Send the rest as another batch.")
-            self.check(staged, limits, wait_seconds=seconds)
+            try:
+                if seconds > 0:
+                    return self.check(staged, limits, wait_seconds=seconds)
+            except DecodingUnavailable:
+                if time.monotonic() < give_up_at:
+                    raise
+            raise NotMeasured("Measuring the images of the batch took too long. Send the rest as another batch.")
 
         return check
 

@@ -105,7 +105,7 @@ class Redo:
         """Find the model that is to answer. :raises UnknownModel: :raises NotInstalled: :raises ModelError:"""
         row = find_row(self._settings.models, model)
         if row.takes_faces:
-            check_faces(self._settings, RequestOptions())
+            check_faces(self._settings, RequestOptions(), self._clock())
         digest = artefact_digest(self._settings.models, row)
         return RedoTarget(row=row, service=load_service(row.service), digest=digest)
 
@@ -196,9 +196,11 @@ class Redo:
 
     def _new_request(self, earlier: RequestRecord, target: RedoTarget) -> NewRequest:
         is_same_service = earlier.service == target.row.service
-        options = RequestOptions(labels=earlier.labels, keep_seconds=earlier.keep_seconds)
+        # A step of a pipeline is kept as long as the request to it.
+        kept = earlier if earlier.parent is None else self._store.requests.get(earlier.parent)
+        options = RequestOptions(labels=earlier.labels, keep_seconds=kept.keep_seconds)
         if target.row.takes_faces:
-            options = check_faces(self._settings, options)
+            options = check_faces(self._settings, options, self._clock())
         return NewRequest(
             id=new_id(),
             service=target.row.service,
@@ -208,6 +210,7 @@ class Redo:
             labels=options.labels,
             key_id=earlier.key_id,
             keep_seconds=options.keep_seconds,
+            deadline_at=options.deadline_at,
             created_at=self._clock(),
             client_id=earlier.client_id,
             replaces=earlier.id,

@@ -26,7 +26,7 @@ from provider_image.features.normal_form import normalise
 from provider_image.features.text import SEGMENTERS
 from provider_image.models.artefact import installed_digest, is_model_name
 from provider_image.models.catalogue import EMBEDDING_SUFFIX, look_up
-from provider_image.models.registry import find_custom_name
+from provider_image.models.registry import find_custom_name, find_row
 from server.auth.guard import current_key, current_key_id, owned
 from server.auth.memory import hold_bytes
 from server.endpoint import Field
@@ -45,6 +45,7 @@ from server.settings import ServerSettings
 from store import new_id
 from store.batches import UnknownBatch
 from store.images import as_store_error
+from store.pipelines.folder import PipelineFolder
 from store.store import Store
 from store.trainings.records import (
     NameTaken,
@@ -191,6 +192,7 @@ class TrainingIntake:
             return
         if options.text is not None:
             raise UnsupportedMediaType("Send texts as a CSV (Content-Type: text/csv).")
+        self._refuse_faces(f"{options.backbone}{EMBEDDING_SUFFIX}")
         given = {"name": f"Training of {options.name}"}
         with self._intake.read_batch(request, f"{options.backbone}{EMBEDDING_SUFFIX}", given) as batch:
             if batch.kind not in ("zip", "form"):
@@ -296,6 +298,7 @@ class TrainingIntake:
         collection = owned(lambda text: collections.find(text, key_id=current_key_id()), name)
         if not collection.model.endswith(EMBEDDING_SUFFIX):
             raise UnusableExamples(f"The vectors of the collection are of {collection.model}, which has no backbone.")
+        self._refuse_faces(collection.model)
         given = options.target or options.label
         wanted = LABEL_COLUMNS if given is None else (given,)
         examples: list[TrainingExample] = []
@@ -376,8 +379,17 @@ class TrainingIntake:
             is_operator=is_operator, max_models=None if is_operator else self._settings.max_trained_models
         )
 
+    def _refuse_faces(self, embedding: str) -> None:
+        """Refuse to learn from vectors of faces: a model may contain them, and is kept. :raises UnusableExamples:"""
+        if find_row(self._settings.models, embedding).takes_faces:
+            raise UnusableExamples(
+                f"{embedding} takes faces. What was learned from them would be kept longer than they."
+            )
+
     def _check_name(self, name: str) -> None:
-        """Refuse the name of a model that was not trained. :raises NameTaken:"""
+        """Refuse the name of a model that was not trained, and that of a pipeline. :raises NameTaken:"""
+        if PipelineFolder(self._settings.home, self._settings.models).has(name):
+            raise NameTaken(f"There is a pipeline {name}, which would not be reached any more. Choose another name.")
         installed = find_custom_name(self._settings.models, name)
         if installed is not None and not (installed == name and self._store.trainings.is_trained(name)):
             raise NameTaken(f"There is a model {installed} that was not trained here. Choose another name.")

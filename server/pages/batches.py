@@ -69,7 +69,12 @@ class BatchPageViews(Views):
     )
     def retry_batch_form(self, id: str) -> Response:
         """Queue the failed requests of a batch again."""
-        return self._apply(id, lambda: self._store.batches.retry(id, now=self._now()))
+
+        def retry() -> int:
+            self._context.intake.check_retry(self._get_batch(id).model)
+            return self._store.batches.retry(id, now=self._now())
+
+        return self._apply(id, retry)
 
     def _apply(self, id: str, change: Callable[[], int]) -> Response:
         batch = self._get_batch(id)

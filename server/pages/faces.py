@@ -9,7 +9,7 @@ import flask
 
 from server.context import Views
 from server.endpoint import PAGES, operation
-from server.pages.render import page
+from server.pages.render import SHOWS_FACES, page
 from server.serializers import serialize_models
 from server.status.eta import format_duration
 from store.clients.keys import Scope
@@ -20,6 +20,11 @@ PIPELINE = "faces"
 
 class FacesViews(Views):
     """The page about faces."""
+
+    def register(self, app: flask.Flask) -> None:
+        """Add the view to an application."""
+        super().register(app)
+        app.config[SHOWS_FACES] = self._context.settings.faces
 
     @operation("GET /ui/faces", "The page that finds faces", Scope.SUBMIT, tag=PAGES)
     def faces_page(self) -> flask.Response:

@@ -24,6 +24,13 @@ from store.clients.keys import Scope
 from store.requests import RequestRecord
 from store.search import Query
 
+#: What a reader should know of a model before a first try.
+_NOTES = {
+    "texture": (
+        "Texture takes a surface as its style, such as gravel, bark, fabric or grass. It does not paint: strokes that "
+        "follow what is on the photo need another model."
+    ),
+}
 #: Earlier images below the form.
 SHOWN_IMAGES = 12
 
@@ -46,6 +53,8 @@ class GalleryViews(Views):
         return page(
             "gallery.html",
             models=ready,
+            help="" if chosen is None else load_service(chosen["service"]).help,
+            note="" if chosen is None else _NOTES.get(chosen["name"], ""),
             missing=[model for model in models if model not in ready],
             chosen=chosen,
             inputs={} if chosen is None else _image_inputs(chosen),
@@ -69,9 +78,12 @@ class GalleryViews(Views):
 
 
 def _takes_images(model: Mapping[str, Any]) -> bool:
-    """Tell whether a model answers an image with an image, and needs nothing but images."""
+    """Tell whether a model answers an image with an image, and needs nothing but images.
+
+    Those that take faces are on a page that asks for consent, see `faces.py`.
+    """
     kinds = [one["kind"] for one in model["inputs"].values() if not one["is_optional"]]
-    return model["answers_with_image"] and set(kinds) == {"image"}
+    return model["answers_with_image"] and set(kinds) == {"image"} and not model["takes_faces"]
 
 
 def _image_inputs(model: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:

@@ -13,6 +13,7 @@ from server.endpoint import PAGES, operation
 from server.pages.pipeline_picture import draw_pipeline
 from server.pages.render import page
 from server.record_json import fields
+from server.status.eta import format_duration
 from store.clients.keys import Scope
 from store.errors import UnknownRequest
 from store.pipelines.definition import Pipeline
@@ -47,6 +48,8 @@ class PipelineViews(Views):
             pipeline=pipeline,
             # It has no text that is not escaped.
             picture=Markup(draw_pipeline(pipeline)),
+            faces=self._context.settings.faces,
+            kept_for=format_duration(self._context.settings.faces_seconds),
             base=flask.request.host_url.rstrip("/"),
         )
 

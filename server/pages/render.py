@@ -51,6 +51,8 @@ _HEADERS = {
 }
 #: Types of the static files; the operating system's table may differ.
 _MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+#: The application's configuration that shows the link to the page about faces.
+SHOWS_FACES = "SHOWS_FACES"
 _ERROR_TITLES = {401: "Sign in", 403: "Not allowed", 404: "Not found", 429: "Too many requests", 503: "Unavailable"}
 
 
@@ -81,7 +83,13 @@ def page(template: str, *, status: int = 200, **variables: Any) -> flask.Respons
     :param variables: the template's variables; the values are escaped.
     """
     found = _environment().get_template(template)
-    html = found.render(path=flask.request.path, key=current_key(), needs_key=_is_login_available(), **variables)
+    html = found.render(
+        path=flask.request.path,
+        key=current_key(),
+        needs_key=_is_login_available(),
+        shows_faces=flask.current_app.config.get(SHOWS_FACES, False),
+        **variables,
+    )
     response = flask.Response(html, status, mimetype="text/html")
     # `/` is a page for browsers and JSON for programs.
     response.headers.update({**_HEADERS, "Cache-Control": "no-store", "Vary": "Accept, Cookie"})

@@ -62,6 +62,8 @@ def estimate(request: RequestRecord, inputs: EtaInputs, now: datetime) -> WaitEs
     if ahead is None:
         elapsed = _seconds(now - (request.claimed_at or now))
         why, eta = f"Processing started {format_duration(elapsed)} ago.", max(0.5, _chunk_seconds(inputs) - elapsed)
+        if request.progress is not None and request.progress.fraction > 0:
+            eta = elapsed * (1 / request.progress.fraction - 1)
     else:
         due_in, why = _seconds_until_due(request, inputs, ahead, now)
         eta = due_in + _seconds_of_work_ahead(request, inputs, ahead) + _chunk_seconds(inputs)

@@ -20,13 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.errors import InvalidParams, MlgError
-from provider_image.models.registry import find_row
+from provider_image.models.artefact import Artefact
+from provider_image.models.catalogue import ModelFacts
+from provider_image.models.registry import find_row, list_rows
 from provider_image.service import Input, Service
 from provider_image.services import load_service
 from store.collections.collections import is_collection_name
 
 #: What the column `service` of a request to a pipeline has; no service has this name.
 PIPELINE = "pipeline"
+#: The value of a step's `models` that stands for all models of one's own that take faces.
+FACES = "faces"
 #: Most steps of a pipeline, and most items of a list for which a step runs: their product bounds a request's steps.
 MAX_STEPS = 16
 MAX_ITEMS = 64
@@ -84,6 +88,8 @@ class PipelineStep:
     when: tuple[str, ...] = ()
     #: Name of the collection of which its image becomes a member.
     collection: str | None = None
+    #: True if its model is for images of faces.
+    takes_faces: bool = False
 
     def read(self) -> Iterator[str]:
         """List the references of the step."""
@@ -141,6 +147,11 @@ class Pipeline:
     def takes_image(self) -> bool:
         """Tell whether a request may consist of one image."""
         return [one.kind for one in self.inputs().values() if not one.is_optional] == ["image"]
+
+    @property
+    def takes_faces(self) -> bool:
+        """Tell whether a model of it is for images of faces."""
+        return any(step.takes_faces for step in self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +268,7 @@ def parse_pipeline(name: str, text: str, models: Path) -> Pipeline:
     title, tables = document.get("title", name), document.get("steps")
     if not isinstance(title, str) or len(title) > 200:
         raise InvalidPipeline("title must be a text of at most 200 characters.")
+    tables = _with_own_models(tables, models)
     if not isinstance(tables, dict) or not 1 <= len(tables) <= MAX_STEPS:
         raise InvalidPipeline(f"The file needs 1 to {MAX_STEPS} steps: [steps.NAME]")
     steps = {}
@@ -276,6 +288,36 @@ def parse_pipeline(name: str, text: str, models: Path) -> Pipeline:
     pipeline = Pipeline(name=name, title=title, steps=tuple(finished.values()))
     pipeline.inputs()
     return pipeline
+
+
+def _with_own_models(tables: Any, models: Path) -> Any:
+    """Put steps in the place of each that has `models = "faces"`: one for each installed model that takes faces.
+
+    What is built in is named in steps of its own. Models that clients have trained are left out, and those for which
+    there is no room.
+
+    :raises InvalidPipeline: `models` has another value.
+    """
+    if not isinstance(tables, dict):
+        return tables
+    found: dict[str, Any] = {}
+    for name, table in tables.items():
+        if not isinstance(table, dict) or "models" not in table:
+            found[name] = table
+            continue
+        if table["models"] != FACES or "model" in table:
+            raise InvalidPipeline(f"Step {name[:32]}: models can only be {FACES!r}, without model.")
+        rest = {key: value for key, value in table.items() if key != "models"}
+        own = [row for row in list_rows(models) if _answers_about_faces(row)]
+        for row in own[: MAX_STEPS - len(tables) + 1]:
+            is_free = _STEP_NAME.fullmatch(row.name) and row.name not in (REQUEST, EACH, *tables, *found)
+            found[row.name if is_free else f"{name}_{len(found)}"] = {**rest, "model": row.name}
+    return found
+
+
+def _answers_about_faces(row: ModelFacts) -> bool:
+    is_trained = isinstance(row, Artefact) and row.provenance is not None
+    return row.takes_faces and row.source == "own" and row.service != "face_detection" and not is_trained
 
 
 def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
@@ -327,6 +369,7 @@ def _parse_step(name: str, table: Any, names: Any, models: Path) -> PipelineStep
         for_each=check(table["for_each"]) if "for_each" in table else None,
         when=tuple(conditions),
         collection=collection,
+        takes_faces=row.takes_faces,
     )
 
 
@@ -413,6 +456,8 @@ def _check_input(name: str, one: Input, reference: str, step: PipelineStep, step
         made_by = load_service(steps[source].service)
         file = file_of(reference, made_by)
         if file is not None:
+            if steps[source].takes_faces and not step.takes_faces:
+                raise InvalidPipeline(f"{reference} is of faces, and the model {step.model} is not for them.")
             media_type = made_by.outputs[file].media_type
             if _kind_of(media_type) != one.kind and one.kind != "file":
                 raise InvalidPipeline(f"The input {name} takes: {one.kind}. {reference} is {media_type}.")

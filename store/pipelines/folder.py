@@ -50,6 +50,10 @@ class PipelineFolder:
         path = next((path for path in self._paths() if normalise_name(path.stem) == key), None)
         return None if path is None else self.read(path)
 
+    def has(self, spelling: str) -> bool:
+        """Tell whether there is a file with a name, in any spelling, whether it can be used or not."""
+        return normalise_name(spelling[:64]) in map(normalise_name, (path.stem for path in self._paths()))
+
     def list_files(self) -> list[PipelineFile]:
         """Check all files, by name."""
         found = []
@@ -66,7 +70,8 @@ class PipelineFolder:
             with path.open("rb") as file:
                 text = file.read(MAX_FILE_BYTES + 1).decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise InvalidPipeline(f"{path} cannot be read: {error}") from error
+            # Clients see it, so it has no path.
+            raise InvalidPipeline(f"{path.name} cannot be read as UTF-8.") from error
         if not _NAME.fullmatch(path.stem):
             raise InvalidPipeline(
                 f"{path.name}: the name has up to 64 lower-case letters, digits and underscores, a letter first."

@@ -42,7 +42,7 @@ _READY = """
     SELECT pipeline_runs.id AS id, pipeline_runs.removed AS removed, is_retried, state
     FROM pipeline_runs INDEXED BY pipeline_runs_ready
     LEFT JOIN requests ON requests.number = pipeline_runs.number
-    WHERE changed != advanced AND coalesce(requests.batch_id, '') NOT IN (
+    WHERE changed != advanced AND state {which} 'queued' AND coalesce(requests.batch_id, '') NOT IN (
         SELECT id FROM batches WHERE arrival > 0 AND (arrival != 2 OR arrival_ends_at > :now))
     ORDER BY pipeline_runs.number LIMIT :limit
 """
@@ -67,9 +67,13 @@ _DONE = "output = :output, digest = :digest, code = NULL, reason = NULL"
 
 _FAILED = "code = :code, reason = :reason"
 
+# Without the index SQLite reads all requests up to the number.
 _WAITING_MODELS = f"""
     SELECT model, count(*) FROM requests INDEXED BY requests_parent
-    WHERE parent IN (SELECT id FROM requests WHERE state = 'queued' AND service = '{PIPELINE}' AND number <= ?)
+    WHERE parent IN (
+        SELECT id FROM requests WHERE number IN (
+            SELECT number FROM requests INDEXED BY requests_queued
+            WHERE state = 'queued' AND service = '{PIPELINE}' AND number <= ?))
       AND state = 'queued' GROUP BY model
 """
 
@@ -112,6 +116,8 @@ class Advance:
     run: PipelineRun
     new: Sequence[NewChild] = ()
     outcomes: Sequence[StepOutcome] = ()
+    #: True if more follows from the outcomes.
+    goes_on: bool = False
     #: True if every step has ended.
     is_finished: bool = False
     #: None if it is done then.
@@ -130,8 +136,12 @@ class Pipelines:
         self._requests = requests
 
     def list_ready(self, *, now: datetime, limit: int) -> list[ReadyRun]:
-        """List runs for which there is something to do, oldest first."""
-        rows = self._database.rows(_READY, {"now": to_text(now), "limit": limit})
+        """List runs for which there is something to do, oldest first: those that go on, then those that have ended.
+
+        :param limit: of each kind, so that neither waits for all of the other.
+        """
+        values = {"now": to_text(now), "limit": limit}
+        rows = [row for which in ("IS", "IS NOT") for row in self._database.rows(_READY.format(which=which), values)]
         return [
             ReadyRun(
                 id=row["id"],
@@ -191,8 +201,9 @@ def _write(pieces: Sequence[_Piece], now: datetime, transaction: Transaction) ->
         if is_last:
             if advance.is_finished:
                 _end(transaction, advance, now)
-            # What was refused now is looked at again.
-            transaction.execute(_SET_ADVANCED, (advance.run.changed - bool(refused), parent.id))
+            # What was refused now is looked at again, and the open steps of a request that failed are cancelled.
+            is_ready = bool(refused) or advance.goes_on or advance.failure is not None
+            transaction.execute(_SET_ADVANCED, (advance.run.changed - is_ready, parent.id))
 
 
 def _add_children(

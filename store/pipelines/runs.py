@@ -84,6 +84,8 @@ class PipelineRun:
     changed: int
     children: Mapping[Place, RequestRecord]
     outcomes: Mapping[Place, StepOutcome]
+    #: False in lists, where the steps are not read.
+    has_steps: bool
 
     def count(self) -> dict[str, int]:
         """Count the steps by status."""
@@ -103,13 +105,15 @@ def add_runs(transaction: Transaction, new: Iterable[tuple[str, int, str]]) -> N
 
 
 def note_changes(transaction: Transaction, to: RequestState, changed: Sequence[Any], at: str) -> None:
-    """Note for their runs that children have ended, and that parents were cancelled or are tried again.
+    """Note for their runs that children have ended or are queued again, and that parents were cancelled or retried.
 
     :param changed: rows of the requests in their new state.
     """
-    if to.is_final:
-        parents = {row["parent"] for row in changed if row["parent"] is not None}
+    parents = {row["parent"] for row in changed if row["parent"] is not None}
+    if to is not RequestState.CLAIMED:
+        # One that is queued again is cancelled if its parent has ended meanwhile.
         transaction.execute_many(_NOTE, [(id,) for id in parents])
+    if to.is_final:
         note_growth(transaction, parents, at)
     if to in (RequestState.QUEUED, RequestState.CANCELLED):
         runs = [(row["id"],) for row in changed if row["service"] == PIPELINE]
@@ -122,23 +126,30 @@ def note_growth(transaction: Transaction, parents: Iterable[str], at: str) -> No
 
 
 def note_removals(transaction: Transaction, deleted: Sequence[Any], *, keeps_members: bool) -> None:
-    """Note that the children of deleted requests are to be deleted. :param deleted: rows."""
-    how = REMOVE_OTHERS if keeps_members else REMOVE_ALL
-    runs = [(how, row["id"]) for row in deleted if row["service"] == PIPELINE]
+    """Note that the children of deleted requests are to be deleted.
+
+    :param deleted: rows.
+    :param keeps_members: not those that have given a collection a vector, unless the client chose how long it is kept.
+    """
+    runs = [
+        (REMOVE_OTHERS if keeps_members and row["keep_seconds"] is None else REMOVE_ALL, row["id"])
+        for row in deleted
+        if row["service"] == PIPELINE
+    ]
     transaction.execute_many(_NOTE_REMOVAL, runs)
 
 
 def build_runs(
-    connection: sqlite3.Connection, parents: Sequence[str], children: Iterable[RequestRecord]
+    connection: sqlite3.Connection, parents: Sequence[str], children: Iterable[RequestRecord] | None
 ) -> dict[str, PipelineRun]:
-    """Read runs, by the ids of their parents. :param children: all of theirs."""
+    """Read runs, by the ids of their parents. :param children: all of theirs; None leaves the steps out."""
     ids = json.dumps(parents)
     outcomes: dict[str, dict[Place, StepOutcome]] = defaultdict(dict)
-    for row in connection.execute(_OUTCOMES, (ids,)).fetchall():
+    for row in () if children is None else connection.execute(_OUTCOMES, (ids,)).fetchall():
         values = {name: row[name] for name in ("step", "position", "status", "code", "reason")}
         outcomes[row["parent"]][row["step"], row["position"]] = StepOutcome(**values)
     requests: dict[str, dict[Place, RequestRecord]] = defaultdict(dict)
-    for child in children:
+    for child in children or ():
         requests[str(child.parent)][str(child.step), int(child.position or 0)] = child
     return {
         row["id"]: PipelineRun(
@@ -147,6 +158,7 @@ def build_runs(
             changed=row["changed"],
             children=requests[row["id"]],
             outcomes=outcomes[row["id"]],
+            has_steps=children is not None,
         )
         for row in connection.execute(_READ, (ids,)).fetchall()
     }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,12 @@ import pytest
 from provider_image.models.artefact import installed_digest
 from store.batches import BatchRecord
 from store.clients.keys import KeyRecord, Scope, make_key
-from store.database import Database
+from store.database import Database, Transaction
 from store.errors import NotRemovable, NotRetryable, StoreUnavailable, UnknownRequest
+from store.pipelines import pipelines
 from store.pipelines.definition import MAX_ITEMS
-from store.requests import Answer, NewRequest
+from store.pipelines.runs import PipelineRun
+from store.requests import Answer, Blame, NewItem, NewRequest, RequestRecord, answer_known
 from store.settings import HomeSettings
 from store.states import RequestState
 from store.store import Store
@@ -278,6 +280,21 @@ def test_cancelling_a_request_cancels_its_steps(bench: PipelineBench, store: Sto
     assert "embed" not in bench.statuses(id)
 
 
+def test_a_step_that_is_queued_again_after_its_request_has_ended_is_cancelled(
+    bench: PipelineBench, store: Store
+) -> None:
+    id = bench.send().id
+    bench.go_on()
+    claims = bench.claim(FIND)
+    store.requests.cancel(id, now=NOW)
+    bench.go_on()
+
+    store.requests.release(claims, blame=Blame.NOBODY, code="stopped", reason="The batcher was stopped.", now=NOW)
+    bench.go_on()
+
+    assert bench.statuses(id) == {"find": ["cancelled"]}
+
+
 def test_a_request_that_expires_cancels_its_steps(bench: PipelineBench, store: Store) -> None:
     id = bench.send(deadline_at=NOW + timedelta(seconds=1)).id
     bench.go_on()
@@ -340,9 +357,12 @@ def test_retention_deletes_a_request_with_its_steps_and_not_before(bench: Pipeli
     assert list(store.images.list_digests()) == []
 
 
-def test_a_step_whose_image_is_a_member_of_a_collection_outlives_retention(store: Store, models: Path) -> None:
+@pytest.mark.parametrize("keep_seconds", [None, 60.0])
+def test_a_step_whose_image_is_a_member_outlives_the_operators_retention_only(
+    store: Store, models: Path, keep_seconds: float | None
+) -> None:
     bench = PipelineBench(store, models, SPOTS + 'collection = "dots"\n')
-    id = bench.send(labels={"day": "1"}).id
+    id = bench.send(labels={"day": "1"}, keep_seconds=keep_seconds).id
     bench.go_on()
     bench.step(FIND, {"spots": [spot()]})
     bench.step(CUT, {"width": 1}, image=b"x")
@@ -362,9 +382,11 @@ def test_a_step_whose_image_is_a_member_of_a_collection_outlives_retention(store
     store.retention.purge(images_before=later, results_before=later, now=later)
     bench.go_on()
 
-    (kept,) = store.requests.list()
-    assert (kept.id, kept.parent) == (embed.id, None)
-    store.requests.remove(kept.id)
+    if keep_seconds is None:
+        (kept,) = store.requests.list()
+        assert (kept.id, kept.parent) == (embed.id, None)
+        store.requests.remove(kept.id)
+    assert store.requests.list() == []
     assert store.collections.members(collection) == []
 
 
@@ -394,7 +416,8 @@ def test_a_key_pays_for_each_step_and_what_its_quota_refuses_is_said(bench: Pipe
     assert bench.is_done(id)
 
 
-def test_a_batch_of_requests_ends_with_their_steps(bench: PipelineBench, store: Store) -> None:
+def add_batch(bench: PipelineBench, count: int = 3) -> None:
+    store = bench.store
     batch = BatchRecord(id="b", service="pipeline", model="dots", created_at=NOW)
     new = [
         (
@@ -409,18 +432,47 @@ def test_a_batch_of_requests_ends_with_their_steps(bench: PipelineBench, store: 
             ),
             store.images.stage(b"photo %d" % n),
         )
-        for n in range(3)
+        for n in range(count)
     ]
     store.batches.add(batch, new, [])
+
+
+def test_a_batch_of_requests_ends_with_their_steps(bench: PipelineBench, store: Store) -> None:
+    add_batch(bench)
     bench.go_on()
     assert store.batches.progress("b").queued == 3
 
     assert bench.step(FIND, {"spots": []}) == 3
 
     assert store.batches.progress("b").done == 3
+    # Without a batcher.
     store.batches.remove("b")
-    bench.go_on()
     assert store.requests.list() == []
+    assert list(store.images.list_digests()) == []
+
+
+def test_cancelling_a_batch_cancels_the_steps_of_its_requests(bench: PipelineBench, store: Store) -> None:
+    add_batch(bench)
+    bench.go_on()
+
+    assert store.batches.cancel("b", now=NOW) == 3
+
+    assert {bench.get(f"b-{n}").state for n in range(3)} == {RequestState.CANCELLED}
+    assert [bench.statuses(f"b-{n}") for n in range(3)] == [{"find": ["cancelled"]}] * 3
+
+
+def test_a_request_that_was_retried_meanwhile_is_not_settled(bench: PipelineBench, store: Store) -> None:
+    id = bench.send().id
+    bench.go_on()
+    store.requests.cancel(id, now=NOW)
+    store.requests.retry(id, now=NOW)
+
+    # By a batcher that read before that it was cancelled.
+    store.requests.settle_children([id], now=NOW)
+    bench.go_on()
+    bench.step(FIND, {"spots": []})
+
+    assert bench.is_done(id)
 
 
 def test_equal_images_reuse_the_answers_of_steps(store: Store, models: Path) -> None:
@@ -478,3 +530,115 @@ def test_deleting_one_request_touches_no_other(bench: PipelineBench, store: Stor
     assert bench.statuses(second) == {"find": ["done"]}
     with pytest.raises(UnknownRequest):
         bench.get(first)
+
+
+@pytest.mark.parametrize("fails_always", [False, True])
+def test_one_pipeline_that_cannot_go_on_does_not_stop_another(
+    store: Store, models: Path, monkeypatch: pytest.MonkeyPatch, fails_always: bool
+) -> None:
+    text = """
+        [steps.find]
+        model = "spot_finder"
+        [steps.read]
+        model = "reader"
+        for_each = "find.spots"
+        text = "each.caption"
+    """
+    bench = PipelineBench(store, models, text)
+    first, second = bench.send(b"one").id, bench.send(b"two").id
+    bench.go_on()
+    for number, claim in enumerate(bench.claim(FIND)):
+        bench.answer([claim], {"spots": [{"caption": f"of {number}"}]})
+    calls = itertools.count()
+
+    def fail(transaction: Transaction, items: Iterable[tuple[int, NewItem]], *, now: datetime) -> list[RequestRecord]:
+        found = list(items)
+        # The commit of both, then that of the second.
+        if next(calls) == 0 or (fails_always and found[0][1][0].parent == second):
+            raise RuntimeError("broken")
+        return answer_known(transaction, found, now=now)
+
+    monkeypatch.setattr("store.pipelines.pipelines.answer_known", fail)
+    bench.go_on()
+
+    assert bench.statuses(first)["read"] == ["queued"]
+    (child,) = bench.children(first, "read")
+    assert store.images.read(child.image_sha256) == b"of 0"
+    found = bench.get(second)
+    assert (found.state, found.code) == (
+        (RequestState.FAILED, "pipeline_failed") if fails_always else (RequestState.QUEUED, None)
+    )
+    assert not list((store.images.folder / "tmp").iterdir())
+
+
+def test_an_empty_file_is_no_input(bench: PipelineBench) -> None:
+    id = bench.send().id
+    bench.go_on()
+    bench.step(FIND, {"spots": [spot()]})
+
+    bench.answer(bench.claim(CUT), {"width": 1}, image=b"")
+    bench.go_on()
+
+    run = bench.get(id).run
+    assert run is not None
+    assert run.outcomes["embed", 0].reason == "The input image is empty."
+    assert bench.is_done(id)
+
+
+def test_a_request_that_fails_as_a_whole_leaves_no_open_step(
+    bench: PipelineBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = bench.send().id
+    bench.go_on()
+    bench.step(FIND, {"spots": [spot(), spot()]})
+    first, _ = bench.claim(CUT)
+    bench.fail([first])
+
+    def fail(parent: RequestRecord, run: PipelineRun) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("batcher.pipelines.plan", fail)
+    bench.store.requests.release_expired(NOW + AN_HOUR)
+    bench.go_on()
+
+    assert bench.get(id).code == "pipeline_failed"
+    assert bench.statuses(id)["cut"] == ["failed", "cancelled"]
+
+
+def test_many_that_have_ended_do_not_hold_up_others(bench: PipelineBench, store: Store) -> None:
+    ended = [bench.send(b"%d" % number).id for number in range(4)]
+    bench.go_on()
+    for id in ended[:2]:
+        store.requests.cancel(id, now=NOW)
+    live = bench.send(b"live").id
+
+    found = store.pipelines.list_ready(now=NOW, limit=1)
+
+    assert [(one.id, one.is_ended) for one in found] == [(live, False), (ended[0], True)]
+
+
+def test_a_single_run_counts_the_waiting_steps_of_requests_from_before(bench: PipelineBench, store: Store) -> None:
+    earlier = bench.send(b"one")
+    bench.send(b"two")
+    bench.go_on()
+
+    assert store.pipelines.waiting_models(earlier.number) == {FIND: 1}
+    assert store.pipelines.waiting_models(earlier.number + 1) == {FIND: 2}
+
+
+def test_results_of_pipelines_are_read_a_few_at_a_time(bench: PipelineBench, store: Store) -> None:
+    add_batch(bench, 12)
+    store.batches.cancel("b", now=NOW)
+
+    first = store.batches.results("b")
+    rest = store.batches.results("b", after=first[-1][0])
+
+    assert (len(first), len(rest)) == (10, 2)
+
+
+def test_waiting_steps_are_counted_without_reading_all_requests(bench: PipelineBench, store: Store) -> None:
+    with store.database.read() as connection:
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {pipelines._WAITING_MODELS}", (9,))]
+
+    assert any("COVERING INDEX requests_queued" in line for line in plan), plan
+    assert not any("requests USING INTEGER PRIMARY KEY (rowid<?)" in line for line in plan), plan

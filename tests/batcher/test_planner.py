@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher.planner import PlannedChunk, plan
-from provider_image.images.outputs import MAX_OUTPUT_BYTES
-from provider_image.schemas import MAX_BYTES
+from provider_image import services
+from provider_image.service import OutputFile
 from store.requests import ISOLATION_STEPS, Claim
 
 NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -188,11 +190,22 @@ def test_images_that_are_resized_count_with_what_they_are_in_the_chunk() -> None
     assert [len(chunk.items) for chunk in resized] == [16]
 
 
-def test_so_many_items_are_together_that_their_answers_fit_into_a_results_file() -> None:
+def test_images_that_take_long_are_sent_one_by_one() -> None:
     claims = [claim(number, service=service) for number in range(20) for service in ("image_to_image", "quality")]
 
     chunks = plan(claims)
 
-    names, most = ("image_to_image", "quality"), MAX_BYTES // MAX_OUTPUT_BYTES
+    names = ("image_to_image", "quality")
     sizes = {name: [len(chunk.items) for chunk in chunks if chunk.service == name] for name in names}
-    assert 1 < most < 16 and sizes == {"image_to_image": [most] * (20 // most), "quality": [16, 4]}
+    assert sizes == {"image_to_image": [1] * 20, "quality": [16, 4]}
+
+
+@pytest.mark.parametrize(("megabytes", "items"), [(0, 16), (1, 16), (16, 4), (30, 2), (64, 1), (100, 1)])
+def test_so_many_items_are_together_that_their_answers_fit_into_a_results_file(
+    megabytes: int, items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = OutputFile(help="A file.", media_type="application/octet-stream", max_bytes=megabytes << 20)
+    service = SimpleNamespace(outputs={"file": file} if megabytes else {})
+    monkeypatch.setattr(services, "load_service", lambda name: service)
+
+    assert services.chunk_items("quality") == items

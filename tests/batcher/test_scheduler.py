@@ -109,6 +109,19 @@ def test_a_single_run_does_all_steps_of_a_pipeline(harness: Any, batcher: Any) -
     assert report.left == {}
 
 
+def test_a_single_run_that_is_stopped_lets_no_pipeline_go_on(harness: Any, batcher: Any) -> None:
+    parent = send_to_pipeline(harness, b"image")
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        stop.set()
+        await batcher().run_once(stop)
+
+    asyncio.run(asyncio.wait_for(main(), 300))
+
+    assert harness.reload(parent)[0].run.children == {}
+
+
 def test_a_step_whose_model_is_not_processed_is_left_by_a_single_run_with_the_reason(
     harness: Any, batcher: Any
 ) -> None:

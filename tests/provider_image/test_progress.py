@@ -122,6 +122,7 @@ def test_a_report_is_the_same_after_it_was_sent(preview: bytes | None) -> None:
         {"item": 0, "fraction": math.nan, "preview": None},
         {"item": 0, "fraction": 2, "preview": None},
         {"item": 0, "fraction": "half", "preview": None},
+        {"item": 0, "fraction": 10**400, "preview": None},
         {"item": 0, "fraction": 0.5, "preview": "?"},
         {"item": 0, "fraction": 0.5, "preview": 7},
         {"item": 0, "fraction": 0.5, "preview": "A" * (2 * MAX_PREVIEW_BYTES)},

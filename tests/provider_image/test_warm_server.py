@@ -10,6 +10,7 @@ import pytest
 
 from provider_image.chunk import read_results
 from provider_image.errors import BrokenImage, ChunkError, ConfigError, NotInstalled, error_from_reply
+from provider_image.progress import ProgressBoard
 from provider_image.runtime import NetCache
 from provider_image.runtime_paths import make_private_folder, socket_path, user_runtime_folder
 from provider_image.warm_server import _WarmServer
@@ -121,7 +122,7 @@ def test_limit_of_a_chunk_counts_only_during_the_chunk(tmp_path, models_folder, 
     server = _WarmServer(None, tmp_path / "socket", Watching(models_folder), 0)
 
     replies = [
-        server._run_job(json.dumps({**job(chunk, tmp_path / "r.zip"), **limit}).encode(), None)
+        server._run_job(json.dumps({**job(chunk, tmp_path / "r.zip"), **limit}).encode(), None, ProgressBoard())
         for limit in ({"limit_seconds": 500}, {})
     ]
 

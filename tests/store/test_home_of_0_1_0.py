@@ -46,7 +46,18 @@ START = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
 #: Fields of records that have another name today.
 RENAMED_FIELDS = {"pictures_per_day": "images_per_day"}
 #: Fields that records did not have; those of the home are empty.
-NEW_FIELDS = {"inputs", "files", "written_off_at", "replaces", "replaced_by", "parent", "step", "position", "run"}
+NEW_FIELDS = {
+    "inputs",
+    "files",
+    "written_off_at",
+    "replaces",
+    "replaced_by",
+    "parent",
+    "step",
+    "position",
+    "run",
+    "progress",
+}
 #: Fields that deliveries did not have.
 NEW_FIELDS_OF_DELIVERIES = {"owner", "host"}
 

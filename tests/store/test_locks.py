@@ -419,7 +419,7 @@ def run_pipelines(store: Store) -> None:
     store.pipelines.list_ready(now=NOW, limit=9)
     store.pipelines.waiting_models(99)
     store.requests.cancel("p2", now=NOW)
-    store.requests.settle_children("p2", now=NOW)
+    store.requests.settle_children(["p2"], now=NOW)
     store.requests.retry("p2", now=NOW)
     store.requests.retry_children("p2", now=NOW)
     answer_all(store)

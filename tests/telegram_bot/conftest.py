@@ -97,13 +97,15 @@ class Bench:
 
     api: FakeBotApi
     settings: TelegramSettings
+    #: The bot that was started last.
+    task: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def bot(self, **changes: Any) -> AsyncIterator[str]:
         """Run the bot until the block ends, which gets what it said when it was ready."""
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         stop = asyncio.Event()
-        task = asyncio.create_task(
+        task = self.task = asyncio.create_task(
             run_bot(
                 replace(self.settings, api_url=self.api.base, **changes),
                 stop,

@@ -6,6 +6,7 @@ It keeps every chat as a user would see it: messages by number, each with its te
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import time
@@ -43,6 +44,8 @@ class Fault:
     times: int = 1
     chat_id: int | None = None
     retry_after: int | None = None
+    #: Text of the message that is refused.
+    contains: str = ""
     #: Whether the call takes effect, although the caller does not learn it.
     takes_effect: bool = False
 
@@ -75,13 +78,13 @@ class FakeBotApi:
         size = {"file_id": file_id, "file_unique_id": file_id, "width": 4, "height": 3, "file_size": len(data)}
         return self.message(chat_id, photo=[size], **more)
 
-    def document(self, chat_id: int, data: bytes, mime_type: str, file_size: int | None = None) -> int:
+    def document(self, chat_id: int, data: bytes, mime_type: str, file_size: int | None = None, **more: Any) -> int:
         """Send a file."""
         file_id = f"file{len(self._files)}"
         self._files[file_id] = data
         size = len(data) if file_size is None else file_size
         document = {"file_id": file_id, "file_unique_id": file_id, "mime_type": mime_type, "file_size": size}
-        return self.message(chat_id, document=document)
+        return self.message(chat_id, document=document, **more)
 
     def message(self, chat_id: int, language: str = "en", chat_type: str = "private", **content: Any) -> int:
         """Send a message."""
@@ -160,7 +163,7 @@ class FakeBotApi:
         self.calls.append((method, chat_id))
         if request.match_info["token"] != TOKEN or not self.accepts_token:
             return _error(401, "Unauthorized")
-        fault = self._fault(method, chat_id)
+        fault = self._fault(method, chat_id, str(fields.get("text", "")))
         if fault is not None and not fault.takes_effect:
             return _error(fault.status, fault.description, fault.retry_after)
         act: Callable[..., Any] = getattr(self, f"_{method}", lambda fields: True)
@@ -176,9 +179,10 @@ class FakeBotApi:
             return _error(fault.status, fault.description)
         return web.json_response({"ok": True, "result": result})
 
-    def _fault(self, method: str, chat_id: int | None) -> Fault | None:
+    def _fault(self, method: str, chat_id: int | None, text: str) -> Fault | None:
         for fault in self.faults:
-            if fault.method in (method, "*") and fault.chat_id in (None, chat_id) and fault.times > 0:
+            is_meant = fault.method in (method, "*") and fault.chat_id in (None, chat_id) and fault.contains in text
+            if is_meant and fault.times > 0:
                 fault.times -= 1
                 return fault
         return None
@@ -191,10 +195,9 @@ class FakeBotApi:
         self.pending = [update for update in self.pending if update["update_id"] >= offset]
         while not self.pending and time.monotonic() < deadline:
             self._arrived.clear()
-            try:
-                await asyncio.wait_for(self._arrived.wait(), min(1.0, deadline - time.monotonic()))
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(1.0, deadline - time.monotonic())):
+                    await self._arrived.wait()
         return self.pending[: int(fields.get("limit", 100))]
 
     def _setWebhook(self, fields: Any) -> Any:

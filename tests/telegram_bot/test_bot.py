@@ -196,6 +196,28 @@ async def test_a_model_of_two_images_asks_for_the_style_once(
         assert store.requests.get(again[0].id).inputs["style"].sha256 == style
 
 
+async def test_the_photos_of_an_album_get_one_style_and_each_its_image(
+    bench: Benches, claim: Claims, finish: Finish, store: Store
+) -> None:
+    poster = png("navy")
+    async with bench() as b, b.bot():
+        b.api.photo(USER, png("red"), caption="/style")
+        await shown(b.api, "This is your style")
+        for color in ("green", "blue"):
+            b.api.photo(USER, png(color), media_group_id="g1")
+        number = await choose(b.api, "Blend")
+        finish(
+            await claimed(claim, 2),
+            {"width": 96, "height": 64, "params": {"steps": 1}},
+            image=NewFile(data=poster, media_type="image/png"),
+        )
+        await until(lambda: [message.file for message in b.api.chats[USER].values()].count(poster) == 2)
+
+        assert b.api.chats[USER][number].file == poster
+        assert len(b.api.chats[USER]) == 3
+        assert len(store.batches.list(limit=10)) == 1
+
+
 async def test_an_album_of_which_the_server_takes_a_part_shows_what_became_of_each(
     bench: Benches, claim: Claims, finish: Finish, store: Store, tmp_path: Path
 ) -> None:
@@ -205,7 +227,8 @@ async def test_an_album_of_which_the_server_takes_a_part_shows_what_became_of_ea
         b.api.photo(USER, png("red"), caption="/style")
         await shown(b.api, "This is your style")
         for color in ("green", "blue"):
-            b.api.photo(USER, png(color), media_group_id="g1")
+            # So large that they are sent one after the other.
+            b.api.document(USER, png(color), "image/png", 20_000_000, media_group_id="g1")
         await choose(b.api, "Blend")
         finish(
             await claimed(claim),
@@ -246,9 +269,12 @@ async def test_an_edit_whose_success_was_not_heard_of_is_repeated_and_shows_once
         number = await choose(b.api, "Classification")
         waiting = await claimed(claim)
         await until(lambda: "Queued" in b.api.chats[USER][number].text)
-        b.api.faults.append(Fault("editMessageText", 502, "Bad Gateway", takes_effect=True))
+        fault = Fault("editMessageText", 502, "Bad Gateway", contains="label 0", takes_effect=True)
+        b.api.faults.append(fault)
         finish(waiting)
-        await until(lambda: b.api.calls.count(("editMessageText", USER)) >= 4)
+        await until(lambda: fault.times == 0)
+        calls = b.api.calls.count(("editMessageText", USER))
+        await until(lambda: b.api.calls.count(("editMessageText", USER)) > calls)
 
         assert [text.count("label 0") for text in b.api.texts(USER)] == [1]
 
@@ -270,7 +296,6 @@ async def test_a_flood_limit_delays_one_chat_only(bench: Benches) -> None:
         b.api.faults.append(Fault("sendMessage", 429, "Too Many Requests", chat_id=USER, retry_after=1))
         limited_at = time.time()
         b.api.message(USER, text="/help")
-        await until(lambda: ("sendMessage", USER) in b.api.calls)
         b.api.message(OTHER, text="/help")
         await shown(b.api, "Send me a photo", OTHER)
         await shown(b.api, "Send me a photo", USER)
@@ -304,7 +329,10 @@ async def test_telegram_may_be_away_for_a_while(bench: Benches, claim: Claims, f
         number = await choose(b.api, "Classification")
         waiting = await claimed(claim)
         await until(lambda: "Queued" in b.api.chats[USER][number].text)
-        b.api.faults += [Fault("getUpdates", 500, "Internal"), Fault("editMessageText", 500, "Internal", times=2)]
+        b.api.faults += [
+            Fault("getUpdates", 500, "Internal"),
+            Fault("editMessageText", 500, "Internal", times=2, contains="label 0"),
+        ]
         finish(waiting)
         await until(lambda: "label 0" in b.api.chats[USER][number].text)
 
@@ -352,6 +380,33 @@ async def test_a_message_that_the_user_deleted_is_sent_again_with_the_answer(
         await shown(b.api, "label 0")
 
         assert len(b.api.chats[USER]) == 1
+
+
+async def test_a_message_that_can_never_be_edited_is_sent_again_once_only(
+    bench: Benches, claim: Claims, finish: Finish, photo: bytes
+) -> None:
+    async with bench() as b, b.bot():
+        b.api.photo(USER, photo)
+        number = await choose(b.api, "Classification")
+        waiting = await claimed(claim)
+        await until(lambda: "Queued" in b.api.chats[USER][number].text)
+        fault = Fault("editMessageText", 400, "Bad Request: message can't be edited", times=1000)
+        b.api.faults.append(fault)
+        finish(waiting)
+        await until(lambda: fault.times <= 998)
+        b.api.message(USER, text="/help")
+        await shown(b.api, "Send me a photo")
+
+        assert len(b.api.chats[USER]) == 3
+
+
+async def test_the_bot_ends_when_its_token_is_revoked(bench: Benches) -> None:
+    async with bench() as b:
+        with pytest.raises(ConfigError, match="does not accept the token"):
+            async with b.bot():
+                b.api.accepts_token = False
+                b.api.message(USER, text="/help")
+                await until(lambda: b.task is not None and b.task.done())
 
 
 async def test_a_refused_photo_says_why_and_does_not_count(bench: Benches) -> None:

@@ -22,7 +22,7 @@ USER, OTHER = 42, 43
 
 
 def model(name: str, service: str = "classification", *inputs: str, **more: Any) -> Model:
-    raw = {"input": "image", "inputs": {one: {"kind": "image", "is_optional": False} for one in inputs}, **more}
+    raw = {"inputs": {one: {"kind": "image", "is_optional": False} for one in inputs or ("image",)}, **more}
     return Model(name=name, title=name.title(), service=service, is_installed=True, raw=raw)
 
 
@@ -161,9 +161,18 @@ def test_buttons_fit_into_what_telegram_takes(chats: Chats) -> None:
     assert all(len(data.encode()) <= 64 for shown in (services, models) for row in shown.buttons for _, data in row)
 
 
-def test_models_that_are_not_installed_or_take_no_image_are_not_in_the_menu(chats: Chats) -> None:
+def test_models_that_are_not_installed_or_take_no_image_or_faces_are_not_in_the_menu(chats: Chats) -> None:
     absent = Model(name="absent", title="Absent", service="classification", is_installed=False)
-    chats.conversation.set_menu(ModelMenu([model("lite"), absent, model("rent", "table", input="row")]))
+    chats.conversation.set_menu(
+        ModelMenu(
+            [
+                model("lite"),
+                absent,
+                model("rent", "table", inputs={"row": {"kind": "row"}}),
+                model("face_quality", "face_quality", takes_faces=True),
+            ]
+        )
+    )
     chats.photo()
 
     assert chats.labels(chats.shown()) == ["Lite", "Cancel"]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from mlg_client import Request
 from provider_image.errors import ConfigError
 from telegram_bot import redaction
-from telegram_bot.rendering import MAX_CAPTION, album_text, answer_text, file_of, shorten, values_text
+from telegram_bot.rendering import MAX_CAPTION, album_text, answer_text, file_of, progress_text, shorten, values_text
 from telegram_bot.settings import Secret, TelegramSettings, read_users
 from telegram_bot.state import Photo
 from telegram_bot.texts import duration
@@ -67,6 +68,18 @@ def test_an_album_lists_its_photos_by_number() -> None:
         "3. It failed: Broken.",
         "4. value: 2",
     ]
+
+
+def test_a_job_says_how_far_it_is() -> None:
+    def text(status: str, count: int = 1, **more: Any) -> str:
+        request = Request.from_answer({"req_id": "r", "status": status, **more})
+        return progress_text(request, "en", done=0, count=count)
+
+    assert progress_text(None, "de", done=0, count=1) == "Eingereiht."
+    assert text("queued", eta_seconds=40.2) == "Queued, about 40 s."
+    assert text("queued", count=3) == "Queued. Answered: 0 of 3."
+    assert text("claimed", eta_seconds=1.0) == "In progress."
+    assert text("claimed", progress=0.4567) == "In progress: 46 %."
 
 
 def test_texts_are_cut_where_telegram_would_refuse_them() -> None:

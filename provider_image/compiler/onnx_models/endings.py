@@ -86,6 +86,7 @@ class Probabilities:
         self._head = head
 
     def apply(self, outputs: Sequence[Array]) -> Array:
+        """Compute the result."""
         import numpy as np
 
         output = outputs[0].reshape(-1)
@@ -97,6 +98,7 @@ class Probabilities:
         return output
 
     def add(self, operations: Operations, names: Sequence[str]) -> str:
+        """Add operations for the result."""
         name = operations.reshape(names[0], 1, -1)
         if self._head == "softmax":
             return operations.add("Softmax", name, axis=1)
@@ -130,12 +132,14 @@ class UnitVector:
         self.shape: tuple[int, ...] = (1, size)
 
     def apply(self, outputs: Sequence[Array]) -> Array:
+        """Compute the result."""
         import numpy as np
 
         vector = outputs[0].reshape(-1).astype(np.float64)
         return np.asarray(vector / max(float(np.linalg.norm(vector)), _EPSILON), np.float32)
 
     def add(self, operations: Operations, names: Sequence[str]) -> str:
+        """Add operations for the result."""
         vector = operations.reshape(names[0], 1, -1)
         squares = operations.add("Mul", vector, vector)
         total = operations.add("MatMul", squares, operations.constant([[1]] * self.shape[1], "float32"))
@@ -192,12 +196,14 @@ class DetectorRows:
         self.found = f"the outputs are those of a detector of the kind {self.kind}"
 
     def apply(self, outputs: Sequence[Array]) -> Array:
+        """Compute the result."""
         import numpy as np
 
         joined = [np.concatenate([outputs[one.number][0] for one in group], axis=1) for group in self._groups]
         return np.concatenate(joined, axis=0)
 
     def add(self, operations: Operations, names: Sequence[str]) -> str:
+        """Add operations for the result."""
         joined = [
             operations.add(
                 "Concat",

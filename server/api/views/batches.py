@@ -210,7 +210,7 @@ class BatchViews(Views):
     @_operation("POST /batches/<id>/retry", "Queue the failed requests of a batch again", Scope.SUBMIT, returns=_BATCH)
     def retry_batch(self, id: str) -> flask.Response:
         """Queue the failed requests again whose image is still there."""
-        self._get_batch(id)
+        self._context.intake.check_retry(self._get_batch(id).model)
         count = self._store.batches.retry(id, now=self._now())
         return json_response({"success": True, "changed": count, **self._serialize(self._get_batch(id), is_whole=True)})
 

@@ -21,6 +21,7 @@ from server.intake.uploads import read_fields
 from server.serializers import parse_read_params
 from store.clients.keys import Scope
 from store.requests import RequestRecord
+from store.states import EXPIRED
 
 _IMAGE_SCHEMA = {"type": "string", "format": "binary", "description": "JPEG, PNG, WebP, GIF, BMP or TIFF."}
 _URL_SCHEMA = {
@@ -109,7 +110,8 @@ class PredictionViews(Views):
     )
     def retry(self, id: str) -> flask.Response:
         """Queue a failed or cancelled request again."""
-        self._get_request(id)
+        request = self._get_request(id)
+        self._context.intake.check_retry(request.model, has_expired=request.code == EXPIRED)
         return self._response(self._store.requests.retry(id, now=self._now()))
 
     def _response(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> flask.Response:

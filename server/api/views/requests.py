@@ -114,6 +114,14 @@ class RequestViews(Views):
         shown |= {
             **fields(request, "params image_sha256 image_bytes"),
             "picture_url": None if request.image_deleted_at is not None else f"/requests/{request.id}/picture",
+            "inputs": {
+                name: {
+                    "url": f"/requests/{request.id}/inputs/{name}" if request.image_deleted_at is None else None,
+                    "media_type": one.media_type,
+                    "bytes": one.size_bytes,
+                }
+                for name, one in request.inputs.items()
+            },
             "timeline": self._timeline(request),
             **given_fields(request, "deadline_at keep_seconds"),
         }
@@ -139,6 +147,29 @@ class RequestViews(Views):
         if request.image_deleted_at is not None:
             raise ImageGone()
         return self._thumbnail(request.image_sha256, size)
+
+    @_operation(
+        "GET /requests/<id>/inputs/<name>",
+        "A further input of a request, such as a style, or a thumbnail of it",
+        Scope.READ,
+        query=(_SIZE,),
+        content_type="*/*",
+        errors=(410,),
+    )
+    def show_input(self, id: str, name: str) -> flask.Response:
+        """Return an input that the request has beside its first one, as it was sent, or a thumbnail."""
+        size = _size(read_query(flask.request, "size").get("size"))
+        request = self._get_request(id)
+        if name not in request.inputs:
+            names = ", ".join(request.inputs) or "none"
+            raise UnknownFile(f"The request has no further input {name[:64]!r}. Its further inputs: {names}.")
+        if request.image_deleted_at is not None:
+            raise ImageGone()
+        one = request.inputs[name]
+        if size is not None:
+            return self._thumbnail(one.sha256, size)
+        data = self._context.read_stored(one.sha256, one.size_bytes)
+        return _file_response(data, one.media_type, etag=one.sha256, name=name)
 
     @_operation(
         "GET /requests/<id>/image",

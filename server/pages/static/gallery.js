@@ -150,10 +150,9 @@ function showAnswer(card, answer) {
     showCancel(card);
   } else if (answer.status === "claimed") {
     card.buttons.replaceChildren();
-    if (answer.progress === undefined) {
-      setState(card, "claimed", "processing");
-      showReason(card, waitingText(answer));
-    } else showProgress(card, answer);
+    showReason(card, waitingText(answer));
+    if (answer.progress === undefined) setState(card, "claimed", "processing");
+    else showProgress(card, answer);
   } else {
     showReason(card, answer.reason ?? "Cancelled.");
     finish(card, answer.status, answer.status);
@@ -162,7 +161,6 @@ function showAnswer(card, answer) {
 
 function showProgress(card, { progress, preview_url: url }) {
   if (card.isFinal) return;
-  card.reason.hidden = true;
   card.bar.value = progress;
   setState(card, "claimed", `${Math.floor(progress * 100)} %`);
   if (!url || card.previewUrl === url) return;

@@ -314,12 +314,12 @@ def test_a_network_that_openvino_computes_otherwise_runs_on_onnxruntime(
 def test_nothing_is_installed_if_what_was_put_around_the_network_changes_it(
     install: Callable[..., Artefact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    complete = onnx_model._complete
+    begin = onnx_model.begin_complete
 
-    def complete_wrongly(network: Any, draft: Artefact, taken: Any, head: str) -> bytes:
-        return complete(network, draft.__class__(**{**vars(draft), "preprocessing": "none"}), taken, head)
+    def begin_wrongly(network: Any, draft: Artefact, taken: Any) -> Any:
+        return begin(network, draft.__class__(**{**vars(draft), "preprocessing": "none"}), taken)
 
-    monkeypatch.setattr(onnx_model, "_complete", complete_wrongly)
+    monkeypatch.setattr(onnx_model, "begin_complete", begin_wrongly)
 
     with pytest.raises(CompilationFailed, match="other results"):
         install(network(before_end=hidden_determinant()), preprocessing="unit")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from provider_image.errors import BadInput
-from provider_image.images.decoding import Part, decode_fitted, decode_part
+from provider_image.images.decoding import ImagePart, decode_fitted, decode_part
 from tests.provider_image.conftest import encode_image
 
 #: Left half red, right half blue, with a white square at (40, 10) to (50, 20).
@@ -21,7 +21,7 @@ STORED = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.
 
 def cut(data: bytes, left: float, top: float, width: float, height: float, angle: float = 0, side: int = 999):
     """The pixels of a part."""
-    part = Part(left=left, top=top, width=width, height=height, angle=angle)
+    part = ImagePart(left=left, top=top, width=width, height=height, angle=angle)
     return np.asarray(decode_part(data, lambda *size: part, side)).astype(int)
 
 
@@ -49,7 +49,7 @@ def test_a_part_is_found_by_the_size_of_the_upright_image():
 
     def find_part(width, height):
         sizes.append((width, height))
-        return Part(left=0, top=0, width=width, height=height)
+        return ImagePart(left=0, top=0, width=width, height=height)
 
     for orientation in (1, 3, 6, 8):
         assert decode_part(oriented(orientation), find_part, 999).size == (64, 32)

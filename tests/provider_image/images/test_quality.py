@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -86,6 +87,12 @@ def test_tilt_is_the_angle_of_lines(degrees: float) -> None:
     assert measured(grid(degrees))["tilt"] == pytest.approx(degrees, abs=0.3)
 
 
+def test_tilt_is_left_out_where_nobody_asks_for_it() -> None:
+    data = encode_image(grid(3), "PNG")
+
+    assert json.loads(encode_measures(data, with_tilt=False)) == {**measure_image(data), "tilt": None}
+
+
 def test_image_without_lines_has_no_tilt() -> None:
     random = np.random.default_rng(3)
     noise = Image.fromarray(random.integers(0, 256, (200, 300, 3), np.uint8))
@@ -138,6 +145,6 @@ def test_file_that_cannot_be_decoded_is_bad_input(photo: Image.Image) -> None:
     png = encode_image(photo, "PNG")
 
     with pytest.raises(NotAnImage):
-        encode_measures(b"text")
+        encode_measures(b"text", with_tilt=True)
     with pytest.raises(BrokenImage):
-        encode_measures(png[:5000] + bytes(1000) + png[6000:])
+        encode_measures(png[:5000] + bytes(1000) + png[6000:], with_tilt=True)

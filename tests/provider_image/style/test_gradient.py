@@ -14,16 +14,16 @@ from provider_image.compiler.style.network import Layer, build
 from provider_image.style.gradient import CONTENT, STYLES, WEIGHTS, GradientGraph, transfer
 from provider_image.style.optimising import TransferOptions
 
-#: Channels of each layer, after which it is halved, and what it is compared with. Multiples of 16, for which OpenVINO
-#: has its fastest convolutions.
+#: Channels of each layer, whether it is halved then, and what it is compared with. With a shared constant the gradient
+#: is wrong where a layer has as many channels as the one before, seen with 64.
 LAYERS = (
-    (16, True, "style1"),
-    (32, True, "style2"),
-    (16, False, None),
-    (32, True, "style3"),
-    (32, False, "style4"),
-    (16, True, CONTENT),
-    (32, False, "style5"),
+    (64, False, "style1"),
+    (64, True, "style2"),
+    (64, False, None),
+    (64, True, "style3"),
+    (128, False, "style4"),
+    (128, True, CONTENT),
+    (128, False, "style5"),
 )
 MEAN = (120.0, 110.0, 100.0)
 SHAPE = (1, 3, 48, 32)
@@ -105,14 +105,14 @@ def test_gradient_is_that_of_the_loss(graph, layers) -> None:
     loss, gradient = objective(image)
 
     assert loss == pytest.approx(loss_of(layers, wanted, image), rel=1e-4)
-    random, step = np.random.default_rng(5), 1e-4
+    random, step = np.random.default_rng(5), 1e-6
     exact = image.astype(np.float64)
     for _ in range(6):
         direction = random.normal(size=SHAPE)
         ahead, behind = (loss_of(layers, wanted, exact + sign * step * direction) for sign in (1, -1))
         slope = (ahead - behind) / (2 * step)
         # A random direction may be nearly level, so the length of the gradient is the measure.
-        assert float(np.sum(gradient * direction)) == pytest.approx(slope, abs=1e-4 * float(np.linalg.norm(gradient)))
+        assert float(np.sum(gradient * direction)) == pytest.approx(slope, abs=1e-3 * float(np.linalg.norm(gradient)))
 
 
 @pytest.mark.parametrize("part", range(1 + len(STYLES)))
@@ -125,7 +125,7 @@ def test_each_part_of_the_loss_has_its_gradient(graph, layers, part) -> None:
 
     direction, step = gradient.astype(np.float64) / np.linalg.norm(gradient), 1e-3
     ahead, behind = (loss_of(layers, wanted, image.astype(np.float64) + sign * step * direction) for sign in (1, -1))
-    assert (ahead - behind) / (2 * step) == pytest.approx(float(np.linalg.norm(gradient)), rel=1e-4)
+    assert (ahead - behind) / (2 * step) == pytest.approx(float(np.linalg.norm(gradient)), rel=1e-3)
 
 
 def test_transfer_brings_the_features_closer_to_those_of_the_style(graph, layers) -> None:

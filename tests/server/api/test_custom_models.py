@@ -12,7 +12,7 @@ import flask.testing
 import pytest
 
 from cli.compile import compile_models
-from provider_image.compiler.custom import CHANNELS, PREPROCESSINGS, RETURNS
+from provider_image.compiler.custom import CHANNELS, PREPROCESSINGS, RETURNED_RANGES, RETURNS, SERVICES
 from provider_image.models.artefact import installed_digest
 from server.app import create_app
 from server.settings import ServerSettings
@@ -83,6 +83,9 @@ def test_a_refused_file_is_reported_in_one_line(tmp_path: Path) -> None:
         (["all", "--keras", "x.keras", "--labels", "x.txt"], "one model"),
         (["pets", "--keras", "x.keras", "--labels", "x.txt", "--size", "32"], "for example 224x224"),
         (["pets", "--keras", "x.keras", "--labels", "x.txt", "--preprocessing", "magic"], "magic"),
+        (["net", "--onnx", "x.onnx", "--service", "image_to_image", "--labels", "x.txt"], "labels FILE is for class"),
+        (["net", "--huggingface", "x", "--service", "image_to_image"], "huggingface FOLDER is for classifiers"),
+        (["net", "--service", "image_to_image"], "service is for custom models"),
     ],
 )
 def test_conflicting_options_are_reported(tmp_path: Path, arguments: list[str], reason: str) -> None:
@@ -91,7 +94,13 @@ def test_conflicting_options_are_reported(tmp_path: Path, arguments: list[str], 
 
 
 @pytest.mark.parametrize(
-    ("name", "choices"), [("preprocessing", PREPROCESSINGS), ("returns", RETURNS), ("channels", CHANNELS)]
+    ("name", "choices"),
+    [
+        ("preprocessing", PREPROCESSINGS),
+        ("returns", (*RETURNS, *RETURNED_RANGES)),
+        ("channels", CHANNELS),
+        ("service", SERVICES),
+    ],
 )
 def test_the_command_offers_what_the_builder_accepts(name: str, choices: tuple[str, ...]) -> None:
     (option,) = (option for option in compile_models.params if option.name == name)

@@ -191,7 +191,7 @@ def test_the_description_names_every_input(client: flask.testing.FlaskClient) ->
     # Built from the registry when the views were declared, so the registry's schemas are asked for.
     from server.endpoint import input_schemas
 
-    assert input_schemas().keys() == {"image", "row", "note", "text"}
+    assert input_schemas().keys() == {"image", "row", "note", "style", "text"}
     assert input_schemas()["row"]["type"] == "object"
 
 
@@ -342,5 +342,11 @@ def test_answers_of_a_service_that_was_removed_can_still_be_read(
 def test_the_list_of_models_says_what_each_takes(client: flask.testing.FlaskClient) -> None:
     inputs = {model["name"]: model["inputs"] for model in client.get("/models").json["models"]}
 
-    assert inputs["blend_even"] == [{"name": name, "kind": "image", "optional": False} for name in ("image", "style")]
-    assert [(one["name"], one["optional"]) for one in inputs["iris_means"]] == [("row", False), ("note", True)]
+    assert [(name, one["kind"]) for name, one in inputs["blend_even"].items()] == [
+        ("image", "image"),
+        ("style", "image"),
+    ]
+    assert [(name, one["is_optional"]) for name, one in inputs["iris_means"].items()] == [
+        ("row", False),
+        ("note", True),
+    ]

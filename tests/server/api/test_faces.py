@@ -6,17 +6,23 @@ import dataclasses
 import io
 import json
 import logging
+import struct
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import flask.testing
 import pytest
+from PIL import Image
 
+from batcher.pipelines import PipelineRunner
+from provider_image.models.catalogue import CATALOGUE
 from server.app import create_app
 from server.settings import ServerSettings
+from store.files import NewFile
 from store.requests import Answer
 from store.store import Store
+from tests.provider_image.conftest import encode_image
 
 FACES = {
     "width": 451,
@@ -45,22 +51,14 @@ def detect(store: Store) -> Answerer:
     """Answer all detections as a batcher would."""
 
     def answer() -> None:
-        now = datetime.now(UTC)
-        claims = store.requests.claim(
-            models=["face_detector"], limit=9, now=now, lease_ends_at=now + timedelta(seconds=30), oldest_before=None
-        )
-        store.requests.finish(
-            [
-                Answer(claim=one, output=FACES, digest="d" * 64, chunk_id="c", provider="local", seconds=0.1)
-                for one in claims
-            ],
-            now=now,
-        )
+        answer_model(store, "face_detector", FACES, {})
 
     return answer
 
 
-@pytest.mark.parametrize("model", ["face_detector", "face_crop", "face_quality", "face_pictures"])
+@pytest.mark.parametrize(
+    "model", ["face_detector", "face_crop", "face_quality", "face_pictures", "faces", "face_search"]
+)
 def test_faces_are_refused_until_the_operator_turns_them_on(
     model: str, client: flask.testing.FlaskClient, photos: dict[str, bytes], stored_state: Callable[[], object]
 ) -> None:
@@ -80,6 +78,51 @@ def test_faces_are_refused_in_batches_and_when_requests_are_done_again(
     redo = client.post("/requests/redo?model=efficientnet_lite0&with=face_detector")
 
     assert (batch.status_code, redo.status_code) == (403, 403)
+
+
+def test_requests_with_faces_are_tried_again_only_while_faces_are_on_and_kept(
+    client: flask.testing.FlaskClient,
+    faces_client: flask.testing.FlaskClient,
+    store: Store,
+    photos: dict[str, bytes],
+) -> None:
+    ids = []
+    for model in ("face_detector", "faces"):
+        reply = faces_client.post(f"/requestPrediction/{model}", data=photos["rocket"], content_type="image/jpeg")
+        ids.append(reply.get_json()["req_id"])
+        faces_client.delete(f"/requests/{ids[-1]}")
+
+    refused = [client.post(f"/requests/{id}/retry").get_json()["code"] for id in ids]
+    accepted = [faces_client.post(f"/requests/{id}/retry").status_code for id in ids]
+    store.requests.expire(datetime.now(UTC) + timedelta(days=2))
+    expired = [faces_client.post(f"/requests/{id}/retry") for id in ids]
+
+    assert refused == ["faces_are_off"] * 2
+    assert accepted == [200, 200]
+    assert [reply.get_json()["code"] for reply in expired] == ["not_retryable"] * 2
+    assert "kept" in expired[0].get_json()["reason"]
+
+
+def test_a_training_cannot_take_the_name_of_a_pipeline(client: flask.testing.FlaskClient) -> None:
+    replies = [
+        client.post(f"/train/{name}", data=b"a,b\n1,2\n", content_type="text/csv") for name in ("faces", "facesearch")
+    ]
+
+    assert [(reply.status_code, reply.get_json()["code"]) for reply in replies] == [(409, "name_taken")] * 2
+
+
+def test_nothing_is_learned_from_faces(
+    faces_client: flask.testing.FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "efficientnet_lite0_embedding"
+    monkeypatch.setitem(CATALOGUE, name, dataclasses.replace(CATALOGUE[name], takes_faces=True))
+    faces_client.post("/collections", json={"name": "people", "model": name})
+
+    zipped = faces_client.post("/train/people", data=b"PK", content_type="application/zip")
+    collected = faces_client.post("/train/people?collection=people")
+
+    assert [reply.get_json()["code"] for reply in (zipped, collected)] == ["unusable_examples"] * 2
+    assert "takes faces" in zipped.get_json()["reason"] and "takes faces" in collected.get_json()["reason"]
 
 
 def test_models_of_faces_are_marked_in_the_list(client: flask.testing.FlaskClient) -> None:
@@ -110,7 +153,10 @@ def test_faces_are_kept_for_a_day_at_most(
         f"/requestPrediction/face_detector{query}", data=photos["rocket"], content_type="image/jpeg"
     )
 
-    assert store.requests.get(reply.get_json()["req_id"]).keep_seconds == seconds
+    request = store.requests.get(reply.get_json()["req_id"])
+    assert request.keep_seconds == seconds
+    assert request.deadline_at is not None  # it is counted from when the parameters were read
+    assert timedelta(hours=23) < request.deadline_at - request.created_at <= timedelta(days=1)
 
 
 def test_after_the_retention_time_nothing_is_left_of_a_face(
@@ -128,6 +174,55 @@ def test_after_the_retention_time_nothing_is_left_of_a_face(
 
     assert store.requests.list(limit=9) == []
     assert _files(settings.images) == []
+
+
+def test_crops_vectors_and_answers_of_a_pipeline_end_with_its_request(
+    faces_client: flask.testing.FlaskClient, photos: dict[str, bytes], store: Store, settings: ServerSettings
+) -> None:
+    id = faces_client.post("/requestPrediction/face_search", data=photos["rocket"], content_type="image/jpeg")
+    runner = PipelineRunner(store, settings.models, clock=lambda: datetime.now(UTC))
+    vector = struct.pack("<1280f", 1, *[0] * 1279)
+    answers: dict[str, tuple[object, dict[str, NewFile]]] = {
+        "face_detector": (FACES, {}),
+        "face_crop": (
+            {"width": 8, "height": 8, "format": "png"},
+            {"image": NewFile(data=encode_image(Image.new("RGB", (8, 8)), format="PNG"), media_type="image/png")},
+        ),
+        "face_pictures": (
+            {"dimensions": 1280},
+            {"vector": NewFile(data=vector, media_type="application/octet-stream")},
+        ),
+    }
+    for model, (output, files) in answers.items():
+        runner.run_ready()
+        answer_model(store, model, output, files)
+    runner.run_ready()
+    assert count_vectors(store) == 1  # the other face has too low a score
+    assert faces_client.get(f"/readPrediction/{id.get_json()['req_id']}").get_json()["status"] == "done"
+    now = datetime.now(UTC) + timedelta(days=1, minutes=1)
+
+    store.retention.purge(images_before=now - timedelta(days=7), results_before=now - timedelta(days=30), now=now)
+    runner.run_ready()
+
+    assert store.requests.list(limit=9) == []
+    assert count_vectors(store) == 0
+    assert _files(settings.images) == []
+
+
+def count_vectors(store: Store) -> int:
+    ((count,),) = store.database.rows("SELECT count(*) FROM collection_vectors")
+    return int(count)
+
+
+def answer_model(store: Store, model: str, output: object, files: dict[str, NewFile]) -> None:
+    """Answer all requests to a model as a batcher would."""
+    now = datetime.now(UTC)
+    claims = store.requests.claim(
+        models=[model], limit=9, now=now, lease_ends_at=now + timedelta(seconds=30), oldest_before=None
+    )
+    assert claims
+    facts = {"output": output, "files": files, "digest": "d" * 64, "chunk_id": "c", "provider": "local", "seconds": 0.1}
+    store.requests.finish([Answer(claim=one, **facts) for one in claims], now=now)  # type: ignore[arg-type]
 
 
 def test_nothing_of_a_face_is_logged(

@@ -134,6 +134,27 @@ def test_an_image_answer_is_deleted_with_its_request_and_when_that_is_old(
     assert stored(settings) == set()
 
 
+def test_the_style_is_read_until_it_is_deleted_and_only_by_its_name(
+    client: flask.testing.FlaskClient, store: Store
+) -> None:
+    id = submit(client)
+    finish(store, claim(store))
+
+    shown = client.get(f"/requests/{id}").json["inputs"]["style"]
+    style, thumbnail = client.get(shown["url"]), client.get(f"{shown['url']}?size=16")
+    unknown = client.get(f"/requests/{id}/inputs/image")
+    later = datetime.now(UTC) + timedelta(seconds=1)
+    store.retention.purge(images_before=later, results_before=later - timedelta(days=1), now=later)
+    gone = client.get(shown["url"])
+
+    assert shown == {"url": f"/requests/{id}/inputs/style", "media_type": "image/png", "bytes": len(image("blue"))}
+    assert (style.status_code, style.content_type, style.data) == (200, "image/png", image("blue"))
+    assert Image.open(io.BytesIO(thumbnail.data)).size == (16, 11)
+    assert unknown.status_code == 404 and "style" in unknown.json["reason"]
+    assert (gone.status_code, client.get(f"/requests/{id}").json["inputs"]["style"]["url"]) == (410, None)
+    assert client.get(f"/requests/{id}/image").status_code == 200, "answers are kept longer"
+
+
 # While it is worked on
 
 

@@ -78,6 +78,9 @@ def test_an_answer_grows_step_by_step(
     assert [one["status"] for one in second["steps"]["cut"]] == ["queued", "queued"]
     assert second["waiting_for"].startswith("Step cut: ")
     assert (last["status"], last["service"], last["preds"]) == ("done", "pipeline", {"done": 4, "skipped": 1})
+    listed = {one["req_id"]: one for one in client.get("/requests").json["requests"]}
+    assert "steps" not in listed[id]
+    assert listed[id]["preds"] == {"done": 4, "skipped": 1}
     cut, embed = last["steps"]["cut"], last["steps"]["embed"]
     assert client.get(cut[0]["files"]["image"]["url"]).data.startswith(b"\x89PNG")
     assert [one["status"] for one in embed] == ["done", "skipped"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flask.testing
+import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
@@ -80,6 +82,17 @@ def test_blurred_image_is_refused_with_the_measured_value_and_leaves_nothing(
     assert post(client, "?min_sharpness=100", sharp).status_code == 202
     assert post(client, "", blurred).status_code == 202
     assert stored_state()[1] == 2
+
+
+def test_tilted_image_is_refused_and_a_level_one_is_not(client: flask.testing.FlaskClient) -> None:
+    pixels = np.full((400, 500), 200, np.uint8)
+    pixels[:, ::50] = pixels[:, 1::50] = 30
+    level = Image.fromarray(pixels)
+    tilted = level.rotate(6, Image.Resampling.BICUBIC, fillcolor=200)
+
+    codes = [post(client, "?max_tilt=2", encode_image(image, "PNG")).status_code for image in (level, tilted)]
+
+    assert codes == [202, 422]
 
 
 def test_limit_may_be_a_field_of_the_form_and_empty_there(client: flask.testing.FlaskClient, blurred: bytes) -> None:
@@ -225,6 +238,24 @@ def test_batch_whose_images_take_too_long_to_measure_refuses_the_rest(
 
     assert (answer["accepted"], answer["refused"]) == (0, 2)
     assert {item["code"] for item in answer["items"]} == {"not_measured"}
+
+
+def test_image_of_a_batch_that_waits_for_a_process_until_the_time_is_over_is_refused_alone(
+    store: Store, sharp: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, waited = QualityGate(batch_seconds=0.05), list[float]()
+
+    def wait(job: object, *, wait_seconds: float) -> None:
+        waited.append(wait_seconds)
+        time.sleep(wait_seconds)
+        raise DecodingUnavailable()
+
+    monkeypatch.setattr(busy._pool, "run", wait)
+    check = busy.batch_check({"min_sharpness": 1})
+
+    with pytest.raises(NotMeasured, match="Send the rest as another batch"):
+        check(store.images.stage(sharp))
+    assert 0 < waited[0] <= 0.05
 
 
 def test_image_that_kills_its_process_is_broken_and_none_that_finds_no_process_is(

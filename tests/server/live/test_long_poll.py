@@ -27,6 +27,7 @@ from store.chunks import Throughput
 from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.errors import UnknownRequest
 from store.processes.batchers import BatcherRecord
+from store.processes.progress import ProgressRecord
 from store.requests import ModelBacklog, RequestRecord
 from store.states import RequestState
 from store.store import Store
@@ -182,6 +183,18 @@ def test_a_position_is_never_beyond_those_that_wait() -> None:
 
     assert wait is not None
     assert wait.ahead == 2
+
+
+def test_the_progress_of_a_claimed_request_tells_how_long_it_takes() -> None:
+    progress = ProgressRecord(seq=1, number=1, id="r", batch_id=None, fraction=0.25, previews=0)
+    claimed = request(
+        state=RequestState.CLAIMED, claimed_at=NOW - seconds(10), lease_ends_at=NOW + seconds(30), progress=progress
+    )
+
+    wait = estimate(claimed, outlook(), NOW)
+
+    assert wait is not None
+    assert wait.eta_seconds == pytest.approx(30)
 
 
 def test_a_claimed_request_tells_since_when() -> None:

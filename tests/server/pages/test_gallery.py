@@ -56,6 +56,14 @@ def test_the_gallery_has_the_models_that_answer_with_an_image_and_the_home_page_
     assert f'value="{MODEL}"' not in home
 
 
+def test_the_page_says_what_a_model_does_and_where_it_works(client: flask.testing.FlaskClient) -> None:
+    blend = client.get(f"/ui/gallery?model={MODEL}", headers=HTML).text
+    texture = client.get("/ui/gallery?model=texture", headers=HTML).text
+
+    assert "Mixes an image with another one." in blend and "It does not paint" not in blend
+    assert "It does not paint" in texture
+
+
 def test_the_form_has_each_input_and_parameter_of_the_model(client: flask.testing.FlaskClient) -> None:
     page = client.get(f"/ui/gallery?model={MODEL}", headers=HTML).text
 
@@ -101,6 +109,7 @@ def test_without_scripts_the_form_leads_to_the_new_image(client: flask.testing.F
     assert "<progress" not in waiting
     assert '<progress max="1" value="0.25"' in under_way and "25.0 % done" in under_way
     assert f"/requests/{id}/preview?number=1" in under_way
+    assert f"/requests/{id}/inputs/style?size=160" in done
     assert f'src="/requests/{id}/image"' in done and f'src="/requests/{id}/picture?size=1024"' in done
     assert f"/requests/{id}/image?size=160" in gallery and "cat.png" in gallery
 

@@ -119,7 +119,7 @@ def test_many_photos_share_a_style_and_one_that_cannot_be_used_says_why(
 ) -> None:
     with browser_session(browser, running_system.base, **DESKTOP) as session:
         page = session.page
-        page.goto("/ui/gallery")
+        page.goto(f"/ui/gallery?model={MODEL}")
         page.get_by_role("button", name="Make images").click()
         page.get_by_text("Choose an image first.").wait_for()
         assert page.evaluate("document.activeElement.id") == "file-image"
@@ -146,7 +146,7 @@ def test_the_gallery_is_accessible_and_fits_the_screen(
         browser, running_system.base, color_scheme="dark" if look == "dark" else "light", bypass_csp=True, **options
     ) as session:
         page = session.page
-        page.goto("/ui/gallery")
+        page.goto(f"/ui/gallery?model={MODEL}")
         choose(page, [upload_file("cup.jpg", variant(photos["coffee"], 3))], photos["chelsea"])
         page.get_by_role("button", name="Make images").click()
         page.wait_for_selector(".image-card .state.done")
@@ -169,7 +169,7 @@ def test_without_scripts_a_photo_is_sent_and_both_images_are_shown(
 ) -> None:
     with browser_session(browser, running_system.base, java_script_enabled=False, **DESKTOP) as session:
         page = session.page
-        page.goto("/ui/gallery")
+        page.goto(f"/ui/gallery?model={MODEL}")
         choose(page, [upload_file("plain.jpg", variant(photos["rocket"], 4))], photos["coffee"])
         page.get_by_role("button", name="Make images").click()
         page.wait_for_url("**/ui/requests/*")

@@ -156,13 +156,14 @@ def test_home_lists_installed_models_first_and_how_to_install_the_others(
 
     ready = [model["value"] for model in models if "disabled" not in model]
     assert [model["value"] for model in models[: len(ready)]] == ready
-    assert (ready[0], ready[-1]) == (MODEL, f"{MODEL}_embedding")
-    assert "quality" in ready and all(can_build_now(CATALOGUE[name or ""]) for name in ready)
+    # objects is a pipeline
+    assert (ready[0], ready[-2:]) == (MODEL, ["objects", f"{MODEL}_embedding"])
+    assert "quality" in ready and all(can_build_now(CATALOGUE[name or ""]) for name in ready if name != "objects")
     assert [model["value"] for model in models if "checked" in model] == [MODEL]
     assert "any size" in page
-    # The gallery has those that answer with an image.
+    # The gallery has those that answer with an image, and faces have a page of their own.
     shown = [row for row in CATALOGUE.values() if IMAGE_ANSWER not in load_service(row.service).outputs]
-    assert len(models) == 1 + sum(row.base is None for row in shown)
+    assert len(models) == 2 + sum(row.base is None and not row.takes_faces for row in shown)
     assert "mlg models compile densenet121" in page and "<summary>1 embedding</summary>" in page
     assert page.count("mlg models compile densenet121_embedding") == 1
     assert "224 × 224" in page

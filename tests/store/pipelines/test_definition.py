@@ -91,6 +91,7 @@ TWO = f'{ONE}[steps.b]\nmodel = "efficientnet_lite0"\n'
         (ONE + "image = 'a.image'", "need each other"),
         ("[steps.a]\nmodel = 'scissors'\nimage = 'b.image'\n[steps.b]\nmodel = 'scissors'\nimage = 'a.image'", "a, b"),
         (TWO + "image = 'a.width'", "no file that step a returns. Files: a.image"),
+        ("[steps.a]\nmodel = 'face_crop'\n[steps.b]\nmodel = 'quality'\nimage = 'a.image'", "is not for them"),
         (TWO + "when = 'a.height > 3'", "there is no 'height'. Fields: width"),
         (TWO + "for_each = 'a.width'", "needs a list"),
         (TWO + "for_each = 'request.image'", "needs a list"),
@@ -173,3 +174,11 @@ def test_a_file_of_the_home_takes_the_place_of_a_built_in_one(models: Path, tmp_
     assert "broken.toml: The file needs 1 to 16 steps" in str(found["broken"].reason)
     with pytest.raises(InvalidPipeline, match=r"broken\.toml"):
         pipelines.find("broken")
+
+
+def test_every_built_in_pipeline_can_be_used(tmp_path: Path) -> None:
+    found = PipelineFolder(tmp_path, tmp_path / "models").list_files()
+
+    assert "objects" in [file.name for file in found]
+    assert [file.reason for file in found if file.pipeline is None] == []
+    assert all(file.is_built_in for file in found)
