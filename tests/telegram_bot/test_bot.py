@@ -89,8 +89,8 @@ async def test_a_photo_is_answered_in_the_message_that_asked_for_the_model(
     async with bench() as b, b.bot():
         sent = b.api.photo(USER, photo)
         number = await choose(b.api, "Classification")
-        waiting = await claimed(claim)
         await until(lambda: "Queued" in b.api.chats[USER][number].text)
+        waiting = await claimed(claim)
         finish(waiting)
         await until(lambda: "label 0" in b.api.chats[USER][number].text)
 
@@ -108,8 +108,8 @@ async def test_an_answer_is_visible_within_a_second_of_being_recorded(
     async with bench() as b, b.bot():
         b.api.photo(USER, photo)
         number = await choose(b.api, "Classification")
-        waiting = await claimed(claim)
         await until(lambda: "Queued" in b.api.chats[USER][number].text)
+        waiting = await claimed(claim)
         factor, recorded_at = slowness(), time.time()
         finish(waiting)
         await until(lambda: "label 0" in b.api.chats[USER][number].text)
@@ -248,8 +248,8 @@ async def test_nothing_is_lost_and_nothing_shown_twice_when_the_bot_is_restarted
         async with b.bot():
             b.api.photo(USER, photo)
             number = await choose(b.api, "Classification")
-            waiting = await claimed(claim)
             await until(lambda: "Queued" in b.api.chats[USER][number].text)
+            waiting = await claimed(claim)
         finish(waiting)  # while no bot runs
         b.api.photo(USER, png("red"))
         async with b.bot():
@@ -267,8 +267,8 @@ async def test_an_edit_whose_success_was_not_heard_of_is_repeated_and_shows_once
     async with bench() as b, b.bot():
         b.api.photo(USER, photo)
         number = await choose(b.api, "Classification")
-        waiting = await claimed(claim)
         await until(lambda: "Queued" in b.api.chats[USER][number].text)
+        waiting = await claimed(claim)
         fault = Fault("editMessageText", 502, "Bad Gateway", contains="label 0", takes_effect=True)
         b.api.faults.append(fault)
         finish(waiting)
@@ -327,8 +327,8 @@ async def test_telegram_may_be_away_for_a_while(bench: Benches, claim: Claims, f
     async with bench() as b, b.bot():
         b.api.photo(USER, photo)
         number = await choose(b.api, "Classification")
-        waiting = await claimed(claim)
         await until(lambda: "Queued" in b.api.chats[USER][number].text)
+        waiting = await claimed(claim)
         b.api.faults += [
             Fault("getUpdates", 500, "Internal"),
             Fault("editMessageText", 500, "Internal", times=2, contains="label 0"),
@@ -373,8 +373,8 @@ async def test_a_message_that_the_user_deleted_is_sent_again_with_the_answer(
     async with bench() as b, b.bot():
         b.api.photo(USER, photo)
         number = await choose(b.api, "Classification")
-        waiting = await claimed(claim)
         await until(lambda: "Queued" in b.api.chats[USER][number].text)
+        waiting = await claimed(claim)
         del b.api.chats[USER][number]
         finish(waiting)
         await shown(b.api, "label 0")
@@ -388,8 +388,8 @@ async def test_a_message_that_can_never_be_edited_is_sent_again_once_only(
     async with bench() as b, b.bot():
         b.api.photo(USER, photo)
         number = await choose(b.api, "Classification")
-        waiting = await claimed(claim)
         await until(lambda: "Queued" in b.api.chats[USER][number].text)
+        waiting = await claimed(claim)
         fault = Fault("editMessageText", 400, "Bad Request: message can't be edited", times=1000)
         b.api.faults.append(fault)
         finish(waiting)
