@@ -22,6 +22,7 @@ that buffers requests.
 
 from __future__ import annotations
 
+import _thread
 import errno
 import http.client
 import logging
@@ -223,6 +224,12 @@ class _GranianServer(MPServer):
                 raise MlgError("The server's worker processes end as soon as they start; see the log.") from end
 
     # Called by granian
+
+    def signal_handler_interrupt(self, *args: object, **kwargs: object) -> None:
+        """Stop. A handler must not wait for a lock that the code which it interrupts may hold, as that of an Event."""
+        if not self.interrupt_signal:
+            self.interrupt_signal = True
+            _thread.start_new_thread(self.main_loop_interrupt.set, ())
 
     def _init_shared_socket(self) -> None:
         self._sso = self._listener
