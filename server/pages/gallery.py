@@ -45,7 +45,8 @@ class GalleryViews(Views):
         models = [model for model in serialize_models(self._context.settings.models) if _takes_images(model)]
         ready = sorted(
             (model for model in models if model["installed"] or model["builds_on_first_use"]),
-            key=lambda model: not model["installed"],
+            # What needs further images first: that is what the page is for.
+            key=lambda model: (len(model["inputs"]) == 1, not model["installed"]),
         )
         chosen = next((model for model in ready if wanted in (None, model["name"])), None)
         if chosen is None and wanted is not None:
