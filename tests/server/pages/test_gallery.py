@@ -110,7 +110,7 @@ def test_without_scripts_the_form_leads_to_the_new_image(client: flask.testing.F
     assert '<progress max="1" value="0.25"' in under_way and "25.0 % done" in under_way
     assert f"/requests/{id}/preview?number=1" in under_way
     assert f"/requests/{id}/inputs/style?size=160" in done
-    assert f'src="/requests/{id}/image"' in done and f'src="/requests/{id}/picture?size=1024"' in done
+    assert f'src="/requests/{id}/image"' in done and f'src="/requests/{id}/picture?size=640"' in done
     assert f"/requests/{id}/image?size=160" in gallery and "cat.png" in gallery
 
 
