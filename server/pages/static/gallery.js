@@ -2,7 +2,7 @@
 
 import { announce } from "./page.js";
 import { acceptFiles, divide, resizeIfTooLarge } from "./upload.js";
-import { RequestWatcher, waitingText } from "./watch.js";
+import { RequestWatcher, setState, showReason, waitingText } from "./watch.js";
 
 const form = document.getElementById("make");
 const list = document.getElementById("images");
@@ -211,15 +211,4 @@ function finish(card, state, label) {
   card.bar.remove();
   setState(card, state, label);
   announce(`${card.name.textContent}: ${label}`);
-}
-
-function setState(card, state, label) {
-  card.state.className = `state ${state}`;
-  card.state.textContent = label;
-  card.element.classList.toggle("failed", state === "failed");
-}
-
-function showReason(card, text) {
-  if (card.reason.textContent !== text) card.reason.textContent = text;
-  card.reason.hidden = false;
 }

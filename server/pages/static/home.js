@@ -2,7 +2,7 @@
 
 import { announce } from "./page.js";
 import { acceptFiles, resizeIfTooLarge } from "./upload.js";
-import { RequestWatcher, waitingText } from "./watch.js";
+import { RequestWatcher, setState, showReason, waitingText } from "./watch.js";
 
 const MAX_UPLOADS = 4; // at once; browsers open six connections to a host
 
@@ -217,17 +217,6 @@ function reject(card, reason) {
 }
 
 // Parts of a card
-
-function setState(card, state, label) {
-  card.state.className = `state ${state}`;
-  card.state.textContent = label;
-  card.element.classList.toggle("failed", state === "failed");
-}
-
-function showReason(card, text) {
-  if (card.reason.textContent !== text) card.reason.textContent = text;
-  card.reason.hidden = false;
-}
 
 function showButton(card, label, onClick) {
   if (card.buttons.firstChild?.textContent === label) return;

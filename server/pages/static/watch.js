@@ -156,3 +156,16 @@ export function waitingText(answer) {
   const eta = answer.eta_seconds === null || answer.eta_seconds === undefined ? "" : ` Ready in about ${duration(answer.eta_seconds)}.`;
   return `${answer.waiting_for ?? "Waiting."}${eta}`;
 }
+
+// Parts of a card
+
+export function setState(card, state, label) {
+  card.state.className = `state ${state}`;
+  card.state.textContent = label;
+  card.element.classList.toggle("failed", state === "failed");
+}
+
+export function showReason(card, text) {
+  if (card.reason.textContent !== text) card.reason.textContent = text;
+  card.reason.hidden = false;
+}
