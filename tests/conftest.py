@@ -171,6 +171,15 @@ def settings(tmp_path: Path, models_folder: Path) -> ServerSettings:
 
 
 @pytest.fixture
+def extension_settings(tmp_path: Path, extension_models_folder: Path, registered_extensions: Path) -> ServerSettings:
+    """A home with the models of `tests/extension`, whose services are registered in this process."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "models").symlink_to(extension_models_folder)
+    return ServerSettings(home=home, server_threads=4)
+
+
+@pytest.fixture
 def store(settings: ServerSettings) -> Iterator[Store]:
     """A migrated store."""
     store = Store(settings)

@@ -7,7 +7,6 @@ import json
 import zipfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import flask.testing
@@ -22,17 +21,9 @@ from store.store import Store
 from tests.blend import MODEL, claim, finish, image, report
 
 
-@pytest.fixture(scope="module", autouse=True)
-def registered(registered_extensions: Path) -> None:
-    """The services of the tests, in this process."""
-
-
 @pytest.fixture
-def settings(tmp_path: Path, extension_models_folder: Path) -> ServerSettings:
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "models").symlink_to(extension_models_folder)
-    return ServerSettings(home=home, server_threads=4)
+def settings(extension_settings: ServerSettings) -> ServerSettings:
+    return extension_settings
 
 
 @pytest.fixture

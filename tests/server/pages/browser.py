@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 from tests.programs import find_program
 
 SCREENSHOTS = Path(__file__).parents[3] / ".screenshots"
+#: Options of a session.
+PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+DESKTOP = {"viewport": {"width": 1200, "height": 800}}
 #: Messages of the browser about errors that the tests provoke.
 EXPECTED_MESSAGES = ("the server responded with a status of 4", "the server responded with a status of 5")
 

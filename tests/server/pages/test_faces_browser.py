@@ -14,7 +14,6 @@ from werkzeug.serving import make_server
 from server.app import create_app
 from server.settings import ServerSettings
 from store.store import Store
-from tests.server.pages.browser import find_chromium
 
 FOUND = {
     "width": 451,
@@ -58,10 +57,7 @@ def address(settings: ServerSettings, store: Store) -> Iterator[str]:
     thread.join()
 
 
-def test_faces_are_drawn_as_they_come_after_consent(address: str, photos: dict[str, bytes]) -> None:
-    path = find_chromium()
-    from playwright.sync_api import sync_playwright
-
+def test_faces_are_drawn_as_they_come_after_consent(browser: Any, address: str, photos: dict[str, bytes]) -> None:
     sent, left = [], list(ANSWERS)
 
     def answer(route: Any) -> None:
@@ -72,26 +68,24 @@ def test_faces_are_drawn_as_they_come_after_consent(address: str, photos: dict[s
         sent.append(route.request.url)
         route.fulfill(status=202, body=json.dumps({"success": True, "req_id": "a" * 32}))
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
-        page = browser.new_page()
-        page.set_default_timeout(120_000)
-        page.route("**/requestPrediction/faces", accept)
-        page.route("**/readPrediction/*", answer)
-        page.route("**/events*", lambda route: route.abort())
-        page.goto(f"{address}/ui/faces")
-        photo = {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": photos["chelsea"]}
-        page.set_input_files("#files", photo)
-        page.wait_for_function("document.activeElement.id === 'consent'")
-        before = list(sent)
-        page.check("#consent")
-        page.set_input_files("#files", photo)
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.route("**/requestPrediction/faces", accept)
+    page.route("**/readPrediction/*", answer)
+    page.route("**/events*", lambda route: route.abort())
+    page.goto(f"{address}/ui/faces")
+    photo = {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": photos["chelsea"]}
+    page.set_input_files("#files", photo)
+    page.wait_for_function("document.activeElement.id === 'consent'")
+    before = list(sent)
+    page.check("#consent")
+    page.set_input_files("#files", photo)
 
-        page.wait_for_selector("#overlay rect")
-        page.wait_for_selector("#delete:visible")
-        shapes = [page.locator(f"#overlay {shape}").count() for shape in ("rect", "circle", "text")]
-        cards = page.locator("#faces li").all_inner_texts()
-        browser.close()
+    page.wait_for_selector("#overlay rect")
+    page.wait_for_selector("#delete:visible")
+    shapes = [page.locator(f"#overlay {shape}").count() for shape in ("rect", "circle", "text")]
+    cards = page.locator("#faces li").all_inner_texts()
+    page.close()
 
     assert (before, len(sent)) == ([], 1)
     assert shapes == [2, 2, 2]

@@ -17,17 +17,9 @@ from tests.blend import MODEL, claim, finish, image, report
 HTML = {"Accept": "text/html"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def registered(registered_extensions: Path) -> None:
-    """The services of the tests, in this process."""
-
-
 @pytest.fixture
-def settings(tmp_path: Path, extension_models_folder: Path) -> ServerSettings:
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "models").symlink_to(extension_models_folder)
-    return ServerSettings(home=home, server_threads=4)
+def settings(extension_settings: ServerSettings) -> ServerSettings:
+    return extension_settings
 
 
 @pytest.fixture

@@ -10,23 +10,8 @@ import pytest
 
 from tests.blend import MODEL
 from tests.extensions import FOLDER, install_extension_models
-from tests.server.pages.browser import browser_session, find_chromium
+from tests.server.pages.browser import DESKTOP, PHONE, browser_session, find_chromium
 from tests.system import System, variant
-
-PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-DESKTOP = {"viewport": {"width": 1200, "height": 800}}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """One browser for this module; its event loop would disturb the tests of other modules."""
-    path = find_chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
