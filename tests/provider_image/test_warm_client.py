@@ -164,7 +164,7 @@ def held(tmp_path, models_folder, monkeypatch):
     """A chunk whose item hangs until a file exists; returns both. Abandoned chunks are ended quickly."""
     plugin = tmp_path / "plugin"
     plugin.mkdir()
-    hurry = "import provider_image.warm_server as warm\nwarm._CLIENT_SECONDS = warm._ABANDONED_SECONDS = 0.1\n"
+    hurry = "import provider_image.warm_server as warm\nwarm.REPORT_SECONDS = warm._ABANDONED_SECONDS = 0.1\n"
     (plugin / "sitecustomize.py").write_text(DECODE_GATE + hurry)
     monkeypatch.setenv("PYTHONPATH", str(plugin))
     gate = tmp_path / "gate"

@@ -49,14 +49,14 @@ def test_one_connection_may_send_many_jobs(tmp_path, start_warm_server, chunk):
 
 def test_second_client_waits_for_the_first(tmp_path, start_warm_server, chunk, slow_chunk):
     server = start_warm_server(options=("--threads", "1")).wait_until_ready()
-    slow = server.send(job(slow_chunk, tmp_path / "slow.zip"))
+    with server.send(job(slow_chunk, tmp_path / "slow.zip")) as slow:
+        wait_for_work(server.process.pid)  # else the other may be read first
 
-    quick = server.send_and_receive(job(chunk, tmp_path / "quick.zip"))
+        quick = server.send_and_receive(job(chunk, tmp_path / "quick.zip"))
 
-    assert quick["ok"] and quick["seconds"] < 5
-    assert (tmp_path / "slow.zip").exists()
-    assert read_reply(slow)["ok"]
-    slow.close()
+        assert quick["ok"] and quick["seconds"] < 5
+        assert (tmp_path / "slow.zip").exists()
+        assert read_reply(slow)["ok"]
 
 
 @pytest.mark.parametrize(
