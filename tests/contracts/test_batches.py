@@ -540,8 +540,8 @@ from store.store import Store
 now = datetime.now(UTC)
 store = Store(HomeSettings(home=Path(sys.argv[1])))
 store.idempotency.reserve("", "key", "print", now=now, expires_at=now + timedelta(days=1))
-if os.fork():
-    print("reserved", flush=True)
+if not os.fork():
+    print("reserved", flush=True)  # by the child, which has left the lock to its parent by then
 sys.stdin.read()
 """
 
