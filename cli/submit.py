@@ -286,15 +286,17 @@ def send_all(
             if request is not None and (request.status == "done" or not request.is_final):
                 outcomes[sha256] = request
         missing = [image for sha256, image in new.items() if sha256 not in outcomes]
+        batch = SentBatch(key=uuid.uuid4().hex, files={image.sha256: str(image.file.absolute()) for image in missing})
         if missing:
-            files = {image.sha256: str(image.file.absolute()) for image in missing}
-            batch = SentBatch(key=uuid.uuid4().hex, files=files)
             journal.begin(batch)
-            outcomes |= _send_batch(batch, missing, client, model, journal, extras)
+            outcomes |= _send_batch(batch, missing, client, model, extras)
         for row, image in part:
             if image is not None:
                 row.update(outcomes[image.sha256])
-            yield row
+        if missing:
+            # After the rows, so that an interrupted run shows at least what its journal has.
+            _finish(batch, outcomes, journal)
+        yield from (row for row, _ in part)
 
 
 def wait_for_all(rows: Sequence[Row], client: Client, *, top: int | None) -> Iterator[Row]:
@@ -421,7 +423,9 @@ def _send_unfinished(
     try:
         images = [_ImageFile.read(Path(file)) for file in batch.files.values()]
         if [image.sha256 for image in images] == list(batch.files):
-            return _send_batch(batch, images, client, model, journal, extras)
+            outcomes = _send_batch(batch, images, client, model, extras)
+            _finish(batch, outcomes, journal)
+            return outcomes
     except OSError:
         pass  # reported when the file is read again, with all others
     except Refused as error:
@@ -432,16 +436,9 @@ def _send_unfinished(
 
 
 def _send_batch(
-    batch: SentBatch,
-    images: Sequence[_ImageFile],
-    client: Client,
-    model: str,
-    journal: SubmitJournal,
-    extras: Extras,
+    batch: SentBatch, images: Sequence[_ImageFile], client: Client, model: str, extras: Extras
 ) -> dict[str, Request | Refused]:
-    """Send images and record what the server acknowledged. :return: by sha256. :raises ClientError:"""
-    from mlg_client import Request
-
+    """Send images. :return: by sha256. :raises ClientError:"""
     names = [os.fsencode(image.file.name).decode("utf-8", "replace") for image in images]
     sent = client.submit_many(
         [image.data for image in images],
@@ -451,9 +448,15 @@ def _send_batch(
         params=extras.params,
         idempotency_key=batch.key,
     )
-    outcomes = dict(zip(batch.files, sent.outcomes, strict=True))
-    journal.finish(batch, {sha256: one.id for sha256, one in outcomes.items() if isinstance(one, Request)})
-    return outcomes
+    return dict(zip(batch.files, sent.outcomes, strict=True))
+
+
+def _finish(batch: SentBatch, outcomes: Mapping[str, Request | Refused], journal: SubmitJournal) -> None:
+    """Record what the server acknowledged of a batch. :raises StoreUnavailable:"""
+    from mlg_client import Request
+
+    ids = {sha256: one.id for sha256 in batch.files if isinstance(one := outcomes[sha256], Request)}
+    journal.finish(batch, ids)
 
 
 def _print_result(row: Row) -> None:
