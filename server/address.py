@@ -5,6 +5,7 @@ Used by the server for its own probe, by the guard, and by the commands.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 
 #: Wildcard address -> the loopback address.
@@ -22,6 +23,7 @@ def base_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+@functools.lru_cache(maxsize=16)  # few: the header Host of a stranger may be long
 def is_loopback(host: str) -> bool:
     """Tell whether only this machine reaches a server that listens there; of names, only localhost is certain."""
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 import flask
 
@@ -70,11 +71,18 @@ VIEWS: tuple[type[Views], ...] = (
 )
 
 
+class _Application(flask.Flask):
+    """Flask for views that are all plain functions, so that it need not ask each whether it is a coroutine."""
+
+    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        return func
+
+
 def create_app(
     settings: ServerSettings, store: Store, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
 ) -> flask.Flask:
     """Create the application; `get_context` returns what its views share."""
-    app = flask.Flask("mlg", static_folder=None)
+    app = _Application("mlg", static_folder=None)
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     context = Context.create(settings, store, clock)

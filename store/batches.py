@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import builtins
 import functools
-import json
 import logging
 import time
 from collections import Counter
@@ -54,7 +53,7 @@ from store.requests import (
     request_row,
     settle_children,
 )
-from store.rows import from_row, from_text, insert_sql, to_row, to_text
+from store.rows import from_row, from_text, insert_sql, mapping_to_text, to_row, to_text
 from store.states import EXPIRED, RequestState
 from store.transition import end_empty_batch, transition
 
@@ -254,7 +253,7 @@ def _in_parts(write: Callable[[slice, Transaction], _Result], count: int) -> lis
 
 def _batch_row(batch: BatchRecord, **others: Any) -> dict[str, Any]:
     """Return the columns of a batch that is about to be added."""
-    row = to_row(batch, labels=json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False), **others)
+    row = to_row(batch, labels=mapping_to_text(batch.labels, sort_keys=True, ensure_ascii=False), **others)
     del row["number"]
     return row
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from store.rows import mapping_to_text
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
@@ -34,7 +36,8 @@ class NewFile:
 
 def files_to_text(files: Mapping[str, StoredFile]) -> str:
     """Format files as they are in the database: equal files give equal text."""
-    return json.dumps({name: asdict(one) for name, one in files.items()}, sort_keys=True, separators=(",", ":"))
+    named = {name: asdict(one) for name, one in files.items()}
+    return mapping_to_text(named, sort_keys=True, separators=(",", ":"))
 
 
 def files_from_text(text: str) -> Mapping[str, StoredFile]:

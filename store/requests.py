@@ -29,7 +29,7 @@ from store.images import ImageStore, StagedImage
 from store.pipelines.definition import PIPELINE
 from store.pipelines.runs import CHILDREN, REMOVE_ALL, REMOVE_OTHERS, PipelineRun, add_runs, build_runs, note_removals
 from store.processes.progress import ProgressRecord, read_progress
-from store.rows import from_row, from_text, insert_sql, to_row, to_text
+from store.rows import from_row, from_text, insert_sql, mapping_to_text, to_row, to_text
 from store.states import EXPIRED, RequestState
 from store.transition import transition
 
@@ -545,8 +545,8 @@ def request_row_of(new: NewRequest, inputs: Mapping[str, Any]) -> dict[str, Any]
     """Return the columns of a request whose inputs are stored. :param inputs: their columns."""
     row = to_row(
         new,
-        params=json.dumps(dict(new.params), sort_keys=True, separators=(",", ":")),
-        labels=json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
+        params=mapping_to_text(new.params, sort_keys=True, separators=(",", ":")),
+        labels=mapping_to_text(new.labels, sort_keys=True, ensure_ascii=False),
         **inputs,
         state=str(RequestState.QUEUED),
         digest=None,  # of the answer
@@ -634,6 +634,8 @@ def answer_known(
     """
     found = [(number, find_answer(transaction.connection, item)) for number, item in items]
     known = [{**dict(earlier), "number": number} for number, earlier in found if earlier is not None]
+    if not known:  # as nearly always
+        return []
     changed = transition(transaction, RequestState.DONE, "number = :number", known, columns=_KNOWN_ANSWER, now=now)
     done = {row["number"] for row in changed}
     files = {each["number"]: files_from_text(each["files"]) for each in known if each["number"] in done}

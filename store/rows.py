@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 from store.amounts import to_amount
 
 R = TypeVar("R")
+#: Types of values that the database stores as they are.
+_PLAIN_TYPES = frozenset({str, int, bool, float})
 
 
 def to_text(moment: datetime) -> str:
@@ -33,25 +35,41 @@ def to_row(record: Any, **others: Any) -> dict[str, Any]:
 
     :param others: further columns, and those that are not simply the values of a field.
     """
-    names = [name for name in record.__dataclass_fields__ if name not in others]
-    return {**{name: _to_cell(getattr(record, name)) for name in names}, **others}
+    row = {
+        # Most are written as they are.
+        name: value if value is None or type(value) in _PLAIN_TYPES else _to_cell(value)
+        for name in record.__dataclass_fields__
+        if name not in others
+        for value in (getattr(record, name),)
+    }
+    row.update(others)
+    return row
 
 
 def _to_cell(value: Any) -> Any:
-    if value is None or type(value) in (str, int, bool, float):  # most of them
-        return value
     if isinstance(value, datetime):
         return to_text(value)
     if isinstance(value, Decimal):
         return to_amount(value)
     if isinstance(value, Mapping):
-        return json.dumps(dict(value), ensure_ascii=False)
+        return mapping_to_text(value, ensure_ascii=False)
     return value
+
+
+def mapping_to_text(value: Mapping[str, Any], **options: Any) -> str:
+    """Format a mapping as JSON. :param options: those of `json.dumps`."""
+    # Most are empty, and `json.dumps` with options makes an encoder for each call.
+    return json.dumps(dict(value), **options) if value else "{}"
 
 
 def insert_sql(table: str, row: Mapping[str, Any]) -> str:
     """Return what follows INSERT INTO for a row whose columns are named parameters."""
-    return f"{table} ({', '.join(row)}) VALUES ({', '.join(f':{column}' for column in row)})"
+    return _insert_sql(table, tuple(row))
+
+
+@functools.cache
+def _insert_sql(table: str, columns: tuple[str, ...]) -> str:
+    return f"{table} ({', '.join(columns)}) VALUES ({', '.join(f':{column}' for column in columns)})"
 
 
 def from_row(record: Callable[..., R], row: Any, **others: Any) -> R:
@@ -59,12 +77,14 @@ def from_row(record: Callable[..., R], row: Any, **others: Any) -> R:
 
     :param others: values of fields that are not simply those of a column.
     """
+    cells = tuple(row)
     values = {
         name: value if value is None or convert is None else convert(value)
         for name, place, convert in _plan(record, tuple(row.keys()))
-        for value in (row[place],)
+        for value in (cells[place],)
     }
-    return record(**{**values, **others})
+    values.update(others)
+    return record(**values)
 
 
 def _to_mapping(text: str) -> Any:

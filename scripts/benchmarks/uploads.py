@@ -1,6 +1,7 @@
-"""Uploads per second, driven by wrk with images that all differ.
+"""Uploads per second, their tail, and what they cost in processor time, driven by wrk with images that all differ.
 
-Alternately `mlg serve` and the naive server, or `mlg serve` alone and beside open event streams.
+In turns the naive server and `mlg serve` with one process and with several, or `mlg serve` of another checkout and of
+this one, or `mlg serve` alone and beside open event streams.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +21,10 @@ from urllib.parse import urlsplit
 
 import click
 
-from scripts.benchmarks import photos, processes
+from scripts.benchmarks import photos
 from scripts.benchmarks.measuring import in_turns, medians, print_table, rounds_option, seconds_option, work_folder
-from scripts.benchmarks.processes import post
+from scripts.benchmarks.processes import post, serving
+from tests.process_tree import cpu_seconds, descendants
 
 #: What wrk sends: images that all differ.
 LUA = """
@@ -41,22 +44,35 @@ function request()
   return wrk.format("POST", "/requestPrediction/efficientnet_lite0", {{["Content-Type"] = type}}, body)
 end
 """
+_NAIVE = [sys.executable, "-m", "scripts.benchmarks.naive_server"]
+#: -P: what PYTHONPATH names comes before the current folder.
+_MLG = [sys.executable, "-P", "-m", "mlg", "serve", "--home"]
 #: Pause between two measurements.
 SETTLE_SECONDS = 5
 _UNITS = {"us": 0.001, "ms": 1.0, "s": 1000.0}
+#: Uploads per second, their 99th percentile, and the processor time of the server for each, both in milliseconds.
+Figures = tuple[float, float, float]
 
 
-def drive(base: str, lua: Path, kind: str, seed: str, seconds: float) -> tuple[float, float]:
-    """Drive one server. :return: uploads per second, 99th percentile in milliseconds."""
+def _processor_seconds() -> float:
+    """Add up what the programs that this one has started have computed; while it is called, these are servers only."""
+    return sum(map(cpu_seconds, descendants(os.getpid())))
+
+
+def drive(base: str, lua: Path, kind: str, seed: str, seconds: float) -> Figures:
+    """Drive the one server that runs."""
+    used = _processor_seconds()
     options = ["-t1", "-c16", f"-d{round(seconds)}s", "--latency", "-s", str(lua)]
     command = ["wrk", *options, base, "--", kind, seed]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 60).stdout
     if "Non-2xx" in printed:
         raise RuntimeError(printed)
+    used = _processor_seconds() - used
     rate = re.search(r"Requests/sec:\s+([\d.]+)", printed)
     tail = re.search(r"99%\s+([\d.]+)(us|ms|s)", printed)
-    assert rate is not None and tail is not None, printed
-    return float(rate[1]), float(tail[1]) * _UNITS[tail[2]]
+    count = re.search(r"(\d+) requests in", printed)
+    assert rate is not None and tail is not None and count is not None, printed
+    return float(rate[1]), float(tail[1]) * _UNITS[tail[2]], 1000 * used / int(count[1])
 
 
 @contextlib.contextmanager
@@ -79,33 +95,28 @@ def streams(base: str, count: int, jpeg: bytes) -> Iterator[None]:
 @click.command()
 @rounds_option(3)
 @seconds_option(5.0)
-@click.option("--processes", "server_processes", default=None, help="MLG_SERVER_PROCESSES for mlg serve.")
+@click.option("--processes", default=2, show_default=True, help="Measure mlg serve with so many processes too.")
 @click.option("--streams", "stream_count", default=0, help="Compare with this many open event streams instead.")
-def main(rounds: int, seconds: float, server_processes: str | None, stream_count: int) -> None:
+@click.option(
+    "--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Compare with another checkout."
+)
+def main(rounds: int, seconds: float, processes: int, stream_count: int, against: Path | None) -> None:
     """Measure uploads. Example: scripts/bench uploads --rounds 5"""
     if shutil.which("wrk") is None:
         raise click.ClickException("wrk is missing. Install it (Debian: apt-get install wrk).")
-    env = {"MLG_SERVER_PROCESSES": server_processes} if server_processes else {}
     jpeg = photos.photo_jpegs()[2]
-    naive = [sys.executable, "-m", "scripts.benchmarks.naive_server"]
     with work_folder() as folder:
         (folder / "image.jpg").write_bytes(jpeg)
         lua = folder / "uploads.lua"
         lua.write_text(LUA.format(jpeg=folder / "image.jpg", mark=photos.UNIQUE_BYTES))
 
-        def way(server: str, kind: str, count: int = 0) -> Callable[[int], tuple[float, float]]:
-            def measure(turn: int) -> tuple[float, float]:
-                home = folder / f"{server}-{kind}-{count}-{turn}"
-                home.mkdir()
+        def way(kind: str, command: list[str], count: int = 0, **env: str) -> Callable[[int], Figures]:
+            def measure(turn: int) -> Figures:
+                home = tempfile.mkdtemp(dir=folder)  # deleted at the end: deleting would slow the next one down
                 # Pending writes of the previous server, here or on the host, must not slow this one down.
                 os.sync()
                 time.sleep(SETTLE_SECONDS)
-                serving = (
-                    processes.serving(folder, *naive, str(home / "naive.db"))
-                    if server == "naive"
-                    else processes.serving_home(folder, home, **env)
-                )
-                with serving as base:
+                with serving(folder, *command, f"{home}/home", **env) as base:
                     drive(base, lua, kind, f"warm{turn}", 1)
                     with streams(base, count, jpeg):
                         return drive(base, lua, kind, f"{kind}{turn}", seconds)
@@ -113,17 +124,47 @@ def main(rounds: int, seconds: float, server_processes: str | None, stream_count
             return measure
 
         if stream_count:
-            ways = {("mlg, form", name): way("mlg", "form", count) for name, count in
-                    (("alone", 0), (f"beside {stream_count} streams", stream_count))}  # fmt: skip
+            counts = {"alone": 0, f"beside {stream_count} streams": stream_count}
+            ways = {("form", name): way("form", _MLG, count) for name, count in counts.items()}
+        elif against is not None:
+            checkouts = {str(against): against.resolve(), "this checkout": Path.cwd()}
+            ways = {
+                (kind, name): way(kind, _MLG, PYTHONPATH=str(checkout))
+                for kind in ("form", "raw")
+                for name, checkout in checkouts.items()
+            }
         else:
-            ways = {(kind, server): way(server, kind) for kind in ("form", "raw") for server in ("naive", "mlg")}
-        median = {key: medians(runs) for key, runs in in_turns(rounds, ways).items()}
-    first = dict(reversed([(what, figures) for (what, _), figures in median.items()]))
+            several = {"MLG_SERVER_PROCESSES": str(processes)}
+            ways = {
+                (kind, name): way(kind, command, **env)
+                for kind in ("form", "raw")
+                for name, command, env in (
+                    ("naive", _NAIVE, {}),
+                    ("mlg", _MLG, {}),
+                    (f"mlg, {processes} processes", _MLG, several),
+                )
+            }
+        runs = in_turns(rounds, ways)
+    median = {key: medians(figures) for key, figures in runs.items()}
+    rows = []
+    for (kind, name), figures in median.items():
+        first = next(key for key in runs if key[0] == kind)
+        # Of two runs of one round, as what else the machine does differs from round to round.
+        ratios = medians(
+            [mine / its for mine, its in zip(*pair, strict=True)]
+            for pair in zip(runs[kind, name], runs[first], strict=True)
+        )
+        rows.append(
+            (
+                kind,
+                name,
+                *(f"{figure:.{digits}f}" for figure, digits in zip(figures, (0, 1, 2), strict=True)),
+                *(f"{ratio:.2f}" for ratio in ratios),
+            )
+        )
+    figures_of = ("uploads/s", "p99 ms", "processor ms")
     print_table(
         "113 KB JPEGs, 16 connections, medians",
-        ("body", "server", "uploads/s", "p99 ms", "rate against the first", "p99 against the first"),
-        [
-            (what, name, f"{rate:.0f}", f"{tail:.1f}", f"{rate / first[what][0]:.2f}", f"{tail / first[what][1]:.2f}")
-            for (what, name), (rate, tail) in median.items()
-        ],
+        ("body", "server", *figures_of, *(f"{name} against the first" for name in ("rate", "p99", "processor"))),
+        rows,
     )

@@ -9,7 +9,7 @@ import json
 import logging
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flask
 from werkzeug.exceptions import HTTPException
@@ -18,7 +18,15 @@ from provider_image.errors import MlgError, ModelError
 from server.errors import RETRY_AFTER_SECONDS, http_status, retry_after_seconds
 from store.errors import StoreError
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+    from werkzeug.datastructures import Headers
+
 log = logging.getLogger(__name__)
+
+#: A response is not cached, and its content type is not guessed.
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 #: `code` of the errors that Werkzeug raises.
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
@@ -31,17 +39,24 @@ def install_error_handlers(app: flask.Flask) -> None:
     app.register_error_handler(Exception, _internal_error)
 
 
+class _JsonResponse(flask.Response):
+    """A response whose headers are as they shall be sent, so that Werkzeug need not look at each again."""
+
+    def get_wsgi_headers(self, environ: WSGIEnvironment) -> Headers:
+        return self.headers
+
+
 def json_response(
     payload: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
 ) -> flask.Response:
-    """Build a JSON response that is not cached."""
-    response = flask.Response(
-        json.dumps(payload, separators=(",", ":"), ensure_ascii=False) + "\n", status, mimetype="application/json"
-    )
-    set_headers(response)
-    if headers:
-        response.headers.update(headers)
-    return response
+    """Build a JSON response that is not cached.
+
+    :param status: of a response that has a body.
+    :param headers: ASCII only.
+    """
+    body = _ENCODER.encode(payload).encode() + b"\n"
+    found = {"Content-Type": "application/json", **_HEADERS, **(headers or {}), "Content-Length": str(len(body))}
+    return _JsonResponse([body], status, list(found.items()))
 
 
 def error_response(reason: str, code: str, status: int, headers: Mapping[str, str] | None = None) -> flask.Response:
@@ -51,8 +66,7 @@ def error_response(reason: str, code: str, status: int, headers: Mapping[str, st
 
 def set_headers(response: flask.Response) -> flask.Response:
     """Forbid to cache a response, and to guess its content type."""
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers.update(_HEADERS)
     return response
 
 

@@ -16,7 +16,6 @@ is refused after a few seconds at the latest, see `key_cache.py`; what takes lon
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -286,9 +285,5 @@ class Guard:
         host = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
         if host in settings.allowed_hosts or host in ("localhost", settings.host.lower()):
             return
-        try:
-            is_local = ipaddress.ip_address(host.strip("[]")).is_loopback
-        except ValueError:
-            is_local = False
-        if not is_local:
+        if not is_loopback(host.strip("[]")):
             raise WrongHost()

@@ -6,6 +6,7 @@ counted, and nothing depends on it.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import flask
@@ -26,7 +27,11 @@ _MAX_LENGTH = 300
 
 def client_kind(user_agent: str) -> ClientKind:
     """Return the kind of a program that calls itself so."""
-    text = user_agent[:_MAX_LENGTH]
+    return _kind(user_agent[:_MAX_LENGTH])
+
+
+@functools.lru_cache(maxsize=256)
+def _kind(text: str) -> ClientKind:
     return next((kind for pattern, kind in _KINDS if pattern.search(text)), ClientKind.OTHER)
 
 

@@ -71,9 +71,11 @@ class Repetitions:
         :raises StoreError:
         """
         key = flask.request.headers.get(IDEMPOTENCY_KEY)
+        if key is None:
+            return None
         view = flask.current_app.view_functions.get(flask.request.endpoint or "")
         operation = None if view is None else get_operation(view)
-        if key is None or flask.request.method != "POST" or operation is None or not is_repeatable(operation):
+        if flask.request.method != "POST" or operation is None or not is_repeatable(operation):
             return None
         if not 0 < len(key) <= MAX_KEY_LENGTH:
             raise InvalidParams(f"{IDEMPOTENCY_KEY} takes 1 to {MAX_KEY_LENGTH} characters.")

@@ -92,6 +92,8 @@ class Stager:
         if sum(len(data) for data, _ in checked.values()) > self.free_bytes():
             raise disk_reserved(self._settings.min_free_bytes)
         staged = self._images.stage(checked.pop(first)[0])
+        if not checked:
+            return staged
         try:
             return replace(staged, others=self._stage_others(checked))
         except StoreError:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from werkzeug.formparser import FormDataParser
+from werkzeug.http import parse_options_header
 
 from provider_image.errors import MalformedRequest
 from server.intake.multipart import Part, split
@@ -41,6 +42,18 @@ def test_random_bytes_are_refused_or_parsed_but_never_crash(junk: bytes) -> None
             assert all(isinstance(part, Part) for part in split(body, "b"))
         except MalformedRequest as error:
             assert error.reason
+
+
+@given(*2 * [st.text('ab"\\%;=* \t:/äü\x7f\u2028', max_size=8)])
+@settings(deadline=None)
+def test_names_are_read_as_by_werkzeug(name: str, filename: str) -> None:
+    disposition = f'form-data; name="{name}"; filename="{filename}"'
+    kind, expected = parse_options_header(disposition)
+    assume("name" in expected)
+
+    (part,) = split(f"--b\r\nContent-Disposition: {disposition}\r\n\r\nx\r\n--b--".encode(), "b")
+
+    assert (kind, part) == ("form-data", Part(name=expected["name"], filename=expected.get("filename"), data=b"x"))
 
 
 def test_preamble_padding_and_epilogue_are_skipped() -> None:
