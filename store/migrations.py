@@ -1082,6 +1082,21 @@ def m025_usage(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m027_open_requests(db: sqlite_utils.Database) -> None:
+    """How many requests of each model have not ended, which `transition` counts from now on."""
+    db.execute("CREATE TABLE open_requests (model TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID")
+    db.execute(
+        """
+        INSERT INTO open_requests (model, count) SELECT model, sum(count) FROM (
+            SELECT model, count(*) AS count
+            FROM requests INDEXED BY requests_queued WHERE state = 'queued' GROUP BY model
+            UNION ALL
+            SELECT model, count(*) FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
+        ) GROUP BY model
+        """
+    )
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -1107,6 +1122,7 @@ STEPS: tuple[Step, ...] = (
     m022_progress,
     m023_pipelines,
     m025_usage,
+    m027_open_requests,
 )
 
 

@@ -31,7 +31,7 @@ from store.pipelines.runs import CHILDREN, REMOVE_ALL, REMOVE_OTHERS, PipelineRu
 from store.processes.progress import ProgressRecord, read_progress
 from store.rows import from_row, from_text, insert_sql, mapping_to_text, to_row, to_text
 from store.states import EXPIRED, RequestState
-from store.transition import transition
+from store.transition import count_open, transition
 
 #: Maximum number of items in a chunk, by how often an item was in a chunk that failed as a whole. The last is alone.
 ISOLATION_STEPS = (16, 4, 1)
@@ -86,22 +86,27 @@ _REMOVE_LABELS = """
 
 _GET = "SELECT * FROM requests WHERE id = ?"
 
+_FIRST_QUEUED = "SELECT min(model) FROM requests WHERE state = 'queued'"
+
 # A skip scan: one step of the index per model, however many requests wait.
-_QUEUED_MODELS = """
+_QUEUED = f"""
     WITH RECURSIVE queued (model) AS (
-        SELECT min(model) FROM requests WHERE state = 'queued'
+        {_FIRST_QUEUED}
         UNION ALL
-        SELECT (SELECT min(model) FROM requests WHERE state = 'queued' AND model > queued.model)
+        SELECT ({_FIRST_QUEUED} AND model > queued.model)
         FROM queued WHERE queued.model IS NOT NULL
     )
-    SELECT model FROM queued WHERE model IS NOT NULL
 """
 
 # INDEXED BY: without statistics SQLite may choose another index that begins with the model, and then reads every
 # answered request of the model too. A step of a pipeline is due by the age of the pipeline's request.
 _OLDEST_DUE = f"""
-    SELECT min(created_at, due_at) FROM requests WHERE number = (
-        SELECT number FROM requests INDEXED BY requests_queued WHERE {_IS_CLAIMABLE} ORDER BY number LIMIT 1)
+    {_QUEUED}
+    SELECT model, (
+        SELECT min(created_at, due_at) FROM requests WHERE number = (
+            SELECT number FROM requests INDEXED BY requests_queued
+            WHERE {_IS_CLAIMABLE.replace(":model", "queued.model")} ORDER BY number LIMIT 1)
+    ) AS oldest FROM queued WHERE model IS NOT NULL
 """
 
 _HAS_REQUEUED = """
@@ -171,20 +176,27 @@ _RESET_ONE = f"""
 
 _IS_OVERDUE = f"state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= :now AND {IS_VISIBLE}"
 
-# Requests of a hidden batch are subtracted: looking for them one by one would take time for each that is queued.
+# Claimed requests are as many as the batchers have taken, and those of hidden batches are subtracted; so nothing here
+# looks at each request that is queued.
 _BACKLOG = """
-    SELECT backlog.*, requests.created_at AS oldest_at FROM (
-        SELECT model, min(service) AS service, sum(waiting) AS waiting, sum(claimed) AS claimed,
-               max(oldest_number) AS oldest_number
-        FROM (SELECT model, min(service) AS service, count(*) AS waiting, 0 AS claimed, min(number) AS oldest_number
-              FROM requests INDEXED BY requests_queued WHERE state = 'queued' GROUP BY model
-              UNION ALL
-              SELECT model, min(service), 0, count(*), NULL
-              FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
-              UNION ALL
-              SELECT model, service, -arrived, 0, NULL FROM batches WHERE arrival > 0 AND arrival != 2)
-        GROUP BY model HAVING sum(waiting) > 0 OR sum(claimed) > 0
-    ) AS backlog LEFT JOIN requests ON requests.number = oldest_number ORDER BY backlog.model
+    WITH claimed AS (
+        SELECT model, min(service) AS service, count(*) AS count
+        FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
+    ), hidden AS (
+        SELECT model, sum(arrived) AS count FROM batches WHERE arrival > 0 AND arrival != 2 GROUP BY model
+    )
+    SELECT * FROM (
+        SELECT open_requests.model AS model, coalesce(oldest.service, claimed.service) AS service,
+               open_requests.count - coalesce(claimed.count, 0) - coalesce(hidden.count, 0) AS waiting,
+               coalesce(claimed.count, 0) AS claimed, oldest.number AS oldest_number, oldest.created_at AS oldest_at
+        FROM open_requests
+        LEFT JOIN claimed ON claimed.model = open_requests.model
+        LEFT JOIN hidden ON hidden.model = open_requests.model
+        LEFT JOIN requests AS oldest ON oldest.number = (
+            SELECT min(number) FROM requests INDEXED BY requests_queued
+            WHERE state = 'queued' AND model = open_requests.model)
+        WHERE open_requests.count > 0
+    ) WHERE waiting > 0 OR claimed > 0 ORDER BY model
 """
 
 _REPLACEMENTS = """
@@ -231,7 +243,7 @@ _SET_SETTLED = """
     WHERE id = :parent AND NOT EXISTS (SELECT 1 FROM requests WHERE id = :parent AND state = 'queued')
 """
 
-_DELETED = "id, number, service, finished_at, keep_seconds, labels, image_sha256, inputs, files"
+_DELETED = "id, number, service, model, finished_at, keep_seconds, labels, image_sha256, inputs, files"
 
 _COST_OF_CHUNK = "SELECT cost, answers, is_cost_final FROM chunks WHERE id = ?"
 
@@ -607,6 +619,7 @@ def insert_requests(
         files[number] = files_from_text(row["inputs"])
         if new.collection is not None:
             members.append(NewMember(new.collection, number, row["image_sha256"], new.labels))
+    count_open(transaction, [row["model"] for _, _, row in items])
     transaction.execute_many(_ADD_LABELS, labels)
     add_members(transaction, members)
     pipelines = zip((new for new, _, _ in items), numbers, strict=True)
@@ -661,6 +674,7 @@ def delete_requests(transaction: Transaction, which: str, values: Any, *, keeps_
     """
     sql = f"DELETE FROM requests WHERE {which} RETURNING {_DELETED}"
     deleted = transaction.execute(sql, values).fetchall()
+    count_open(transaction, [row["model"] for row in deleted if row["finished_at"] is None], sign=-1)
     labels = [(row["number"], row["labels"]) for row in deleted if row["labels"] != "{}"]
     transaction.execute_many(_REMOVE_LABELS, labels)
     remove_members_of(transaction, [row["number"] for row in deleted])
@@ -784,24 +798,22 @@ class Requests:
         def write(transaction: Transaction) -> list[Claim]:
             #: model -> how many of it may be claimed: all when it is due by age, else full chunks only.
             claimable: dict[str, int] = {}
-            oldest_created_at: dict[str, str] = {}
-            for (model,) in transaction.execute(_QUEUED_MODELS).fetchall():
-                if model not in requested_models:
-                    continue
+            first_turn = 0
+            found = transaction.execute(_OLDEST_DUE, {"now": to_text(now)}).fetchall()
+            oldest = [(at, model) for model, at in found if at is not None and model in requested_models]
+            for oldest_created_at, model in sorted(oldest):
                 which = {"model": model, "now": to_text(now), "limit": limit}
-                oldest = transaction.execute(_OLDEST_DUE, which).fetchone()
-                if oldest is None:
-                    continue
-                oldest_created_at[model] = oldest[0]
                 due = transaction.execute(_COUNT_DUE, which).fetchone()[0]
                 is_due_by_age = (
                     oldest_before is None
-                    or oldest[0] <= to_text(oldest_before)
+                    or oldest_created_at <= to_text(oldest_before)
                     or transaction.execute(_HAS_REQUEUED, which).fetchone()[0]
                 )
                 claimable[model] = due if is_due_by_age else due - due % full
-            oldest_first = sorted(claimable, key=oldest_created_at.__getitem__)
-            turns = _take_turns({model: claimable[model] for model in oldest_first}, limit)
+                first_turn += min(claimable[model], full)
+                if first_turn >= limit:
+                    break  # there may be a thousand others
+            turns = _take_turns(claimable, limit)
             lease = to_text(lease_ends_at)
             wanted = [{"model": model, "count": n, "lease_ends_at": lease} for model, n in Counter(turns).items()]
             rows = transition(
@@ -813,7 +825,7 @@ class Requests:
             return [claims[model].popleft() for model in turns]
 
         # Reading needs no write lock, and most calls find nothing.
-        if self._database.row(_QUEUED_MODELS) is None:
+        if self._database.row(_FIRST_QUEUED)[0] is None:
             return []
         return self._database.write(write)
 

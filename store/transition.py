@@ -4,6 +4,7 @@ Called by `requests.py` and `batches.py` inside their transactions, so that a st
 are committed together or not at all:
 
 - the change feed (`changes`), one row for each change;
+- the number of requests that have not ended (`open_requests`), by model;
 - the totals (`totals`), counted by outcome, for each request that ended;
 - the usage of API keys (`clients/usage.py`), likewise, and less what is retried;
 - the progress of batches (`batches.ended`, `requests.ended_number`), for each request of a batch that ended;
@@ -18,7 +19,7 @@ Each of these is written for all changed requests together, because one call may
 from __future__ import annotations
 
 import secrets
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -61,9 +62,15 @@ _COLUMNS = """
 _COLUMNS_OF_CLAIM = f"{_COLUMNS}, token, params, image_sha256, image_bytes, inputs, attempts, isolation"
 
 #: Of requests that are retried, before they are.
-_RETRIED = (
-    "SELECT usage, state, code, is_cached, seconds FROM requests WHERE {where} AND state IN ('failed', 'cancelled')"
-)
+_RETRIED = """
+    SELECT model, usage, state, code, is_cached, seconds FROM requests
+    WHERE {where} AND state IN ('failed', 'cancelled')
+"""
+
+_COUNT_OPEN = """
+    INSERT INTO open_requests (model, count) VALUES (?, ?)
+    ON CONFLICT (model) DO UPDATE SET count = count + excluded.count
+"""
 
 _ADD_CHANGE = "INSERT INTO changes (number, batch_id, state, at) VALUES (?, ?, ?, ?)"
 
@@ -112,6 +119,7 @@ def transition(
         if to is RequestState.QUEUED:
             retried = transaction.execute(_RETRIED.format(where=where), {**each, **values}).fetchall()
             count_outcomes(transaction, [(row, _outcome(row["state"], row)) for row in retried], sign=-1)
+            count_open(transaction, [row["model"] for row in retried])
         changed += transaction.execute(sql, {**each, **values}).fetchall()
     write_what_follows(transaction, to, changed, now=now)
     return changed
@@ -133,6 +141,7 @@ def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequ
         complete_members(transaction, [row["number"] for row in changed])
         label_members(transaction, [row["number"] for row in changed])
     if to.is_final:
+        count_open(transaction, [row["model"] for row in changed], sign=-1)
         _add_to_totals(transaction, to, changed)
         count_outcomes(transaction, [(row, _outcome(to, row)) for row in changed])
         ended_batches = _number_ends(transaction, changed)
@@ -140,6 +149,19 @@ def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequ
         whole = [row for row in changed if row["parent"] is None]
         events = [("request.done", row["id"], str(to), row["key_id"], row["webhook"]) for row in whole]
         _queue_webhooks(transaction, [*events, *map(_batch_done, ended_batches)], at)
+
+
+def count_open(transaction: Transaction, models: Iterable[str], *, sign: int = 1) -> None:
+    """Count requests that are queued or claimed from now on; claiming them changes nothing.
+
+    Also called where they are added, and deleted before they have ended. The queue may hold millions of requests, so
+    it is not counted one by one.
+
+    :param models: that of each request.
+    :param sign: -1 for those that have ended.
+    """
+    counts = Counter(models)
+    transaction.execute_many(_COUNT_OPEN, [(model, sign * count) for model, count in counts.items()])
 
 
 def end_empty_batch(transaction: Transaction, batch: Any, *, now: datetime) -> None:

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 NAMES = (
+    "all",
     "backlog",
     "chunk",
     "collections",
@@ -16,7 +17,9 @@ NAMES = (
     "golem",
     "heads",
     "models",
+    "peers",
     "retention",
+    "scale",
     "sessions",
     "slow_clients",
     "startup",

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -73,16 +74,30 @@ def _answers(url: str) -> bool:
         return False
 
 
+def post_each(url: str, bodies: list[tuple[bytes, str]]) -> list[Any]:
+    """Post bodies over one connection. A minimal client, because it shares the cores.
+
+    :param bodies: each with its content type.
+    :return: the answers.
+    :raises RuntimeError: an answer is not 200 or 202.
+    """
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.netloc, timeout=60)
+    answers = []
+    try:
+        for body, content_type in bodies:
+            connection.request("POST", address.path, body, {"Content-Type": content_type})
+            response = connection.getresponse()
+            text = response.read()
+            if response.status not in (200, 202):
+                raise RuntimeError(f"{response.status}: {text[:500].decode(errors='replace')}")
+            answers.append(json.loads(text))
+    finally:
+        connection.close()
+    return answers
+
+
 def post(base: str, jpegs: list[bytes]) -> list[str]:
-    """Post images over one connection. A minimal client, because it shares the cores. :return: ids."""
-    connection = http.client.HTTPConnection(urlsplit(base).netloc, timeout=60)
-    ids = []
-    for jpeg in jpegs:
-        connection.request("POST", "/requestPrediction/efficientnet_lite0", jpeg, {"Content-Type": "image/jpeg"})
-        response = connection.getresponse()
-        answer = json.load(response)
-        if response.status != 202:
-            raise RuntimeError(answer)
-        ids.append(answer["req_id"])
-    connection.close()
-    return ids
+    """Post images to mlg over one connection. :return: ids."""
+    bodies = [(jpeg, "image/jpeg") for jpeg in jpegs]
+    return [answer["req_id"] for answer in post_each(f"{base}/requestPrediction/efficientnet_lite0", bodies)]

@@ -56,6 +56,33 @@ _AGREEMENT = """
     VALUES (?, 'al', ?, ?, ?, '0.001', '0.00001', '0.00001', ?, ?, 'idle')
 """
 _INVOICE = "INSERT INTO invoices VALUES (?, ?, '0.0123', 'accepted', ?, ?, NULL)"
+#: Rows that one statement adds.
+_SLICE = 200_000
+
+# The numbers go on from those that the table has.
+_COUNTER = f"""
+    WITH RECURSIVE counter (n) AS (
+        SELECT coalesce(max(number), 0) + 1 FROM requests
+        UNION ALL SELECT n + 1 FROM counter LIMIT :count)
+    INSERT INTO requests (id, service, model, image_sha256, image_bytes, created_at, due_at, state, token, claimed_at,
+                          lease_ends_at, finished_at, chunk_id, provider, digest, seconds, output)
+    SELECT printf('%032x', n), 'classification', 'model_' || (n / {ITEMS} % :models), printf('%064x', n), 100000, :now,
+           :now
+"""
+_ADD_ROWS = {
+    RequestState.QUEUED: f"""
+        {_COUNTER}, iif(n <= :claims, 'claimed', 'queued'), 1, iif(n <= :claims, :now, NULL),
+        iif(n <= :claims, :lease, NULL), NULL, NULL, NULL, NULL, NULL, NULL FROM counter
+    """,
+    RequestState.DONE: f"""
+        {_COUNTER}, 'done', 1, :now, NULL, :now, 'c' || (n / {ITEMS}), 'provider', printf('%064x', 0), 0.02, :output
+        FROM counter
+    """,
+}
+_COUNT_OPEN = """
+    INSERT OR REPLACE INTO open_requests (model, count)
+    SELECT model, count(*) FROM requests WHERE state IN ('queued', 'claimed') GROUP BY model
+"""
 
 
 @contextlib.contextmanager
@@ -126,12 +153,40 @@ def add_day(home: Path, count: int, *, queued: int) -> None:
         # Durability is not needed.
         connection.executescript("PRAGMA synchronous = OFF; PRAGMA cache_size = -400000; BEGIN IMMEDIATE")
         connection.executemany(_REQUEST, requests())
+        connection.execute(
+            "INSERT INTO open_requests (model, count) SELECT model, count(*) FROM requests GROUP BY model"
+        )
         connection.executemany(_CHUNK, chunks())
         connection.executemany(_PROVIDER, [(*provider, noon, noon) for provider in providers])
         connection.executemany(_AGREEMENT, [(*agreement, noon, noon) for agreement in agreements])
         connection.executemany(_INVOICE, [(f"i{n}", f"a{n}", noon, noon) for n in range(AGREEMENTS)])
         connection.commit()
     _write_what_follows(home, count)
+
+
+def add_rows(home: Path, count: int, *, models: int, state: RequestState, claims: int = 0) -> None:
+    """Add requests without images and without what follows from them, a million in some twenty seconds.
+
+    :param models: among how many models, `model_0` and so on, they are divided in runs of ITEMS.
+    :param state: queued or done; a part of those that are queued is claimed.
+    :param claims: how many.
+    """
+    with opened(home):
+        now = datetime.now(UTC)
+    values = {
+        "claims": claims,
+        "models": models,
+        "now": to_text(now),
+        "lease": to_text(now + timedelta(seconds=60)),
+        "output": OUTPUT,
+    }
+    with contextlib.closing(sqlite3.connect(home / "mlg.db", isolation_level=None)) as connection:
+        connection.executescript("PRAGMA synchronous = OFF; PRAGMA cache_size = -400000")
+        # Each slice is a commit of its own, so that the log stays short.
+        for first in range(0, count, _SLICE):
+            connection.execute(_ADD_ROWS[state], {**values, "count": min(_SLICE, count - first)})
+        if not state.is_final:
+            connection.execute(_COUNT_OPEN)
 
 
 def _write_what_follows(home: Path, count: int, slice_size: int = 10_000) -> None:

@@ -188,6 +188,8 @@ class Facts:
     #: Number of the row -> its cost; and that of its requests, with those that were deleted left out.
     costs: dict[int, Decimal]
     shares: dict[int, Decimal]
+    #: Model -> requests that have not ended, as they are counted.
+    open: Counter[str]
 
 
 #: The columns of `usage` that are counted here; costs are in `test_ledger.py`.
@@ -223,6 +225,7 @@ def read_facts(store: Store) -> Facts:
         ),
         costs=costs,
         shares=shares,
+        open=Counter({row["model"]: row["count"] for row in rows("SELECT * FROM open_requests WHERE count != 0")}),
     )
 
 
@@ -239,6 +242,11 @@ def recount(requests: Iterable[dict[str, Any]]) -> Counter[tuple[int, str]]:
             if name == "done":
                 found[number, "microseconds"] += round(request["seconds"] * 1e6)
     return found
+
+
+def count_open(facts: Facts) -> Counter[str]:
+    """What `open_requests` must have."""
+    return Counter(request["model"] for request in facts.requests.values() if request["state"] not in FINAL)
 
 
 def lasted(request: dict[str, Any]) -> float:
@@ -298,6 +306,7 @@ def check_what_followed(before: Facts, after: Facts) -> None:
     used.subtract(recount(kept))
     used.update(recount(after.requests.values()))
     assert +used == after.usage
+    assert after.open == count_open(after)
     for id, batch in after.batches.items():
         earlier = before.batches[id]["ended"] if id in before.batches else 0
         numbers = [request["ended_number"] for request in ended.values() if request["batch_id"] == id]
@@ -312,6 +321,7 @@ def check_recount(facts: Facts) -> None:
 
     assert recount(facts.requests.values()) == facts.usage
     assert facts.shares == facts.costs
+    assert facts.open == count_open(facts)
     assert {n: r["state"] for n, r in facts.requests.items()} == {n: last.get(n, "queued") for n in facts.requests}
     assert facts.totals.total() == len(ends)
     assert Counter(name for _, name, _, _ in facts.totals.elements())["failed"] == [s for _, s in ends].count("failed")

@@ -34,7 +34,7 @@ def add(store: Store, key_id: str | None = None) -> None:
     store.requests.add(new, store.images.stage(b"image"))
 
 
-def test_an_upload_runs_one_statement_for_usage_and_quota_together(home: Path) -> None:
+def test_an_upload_runs_one_statement_for_usage_and_quota_and_one_for_the_queue(home: Path) -> None:
     seen: list[str] = []
     with closing(open_store(home)) as store:
         add(store)
@@ -50,6 +50,7 @@ def test_an_upload_runs_one_statement_for_usage_and_quota_together(home: Path) -
         "SAVEPOINT",
         "INSERT INTO usage",
         "INSERT INTO requests",
+        "INSERT INTO open_requests",
         "SELECT * FROM requests",
         "RELEASE",
         "COMMIT",
