@@ -339,6 +339,7 @@ class Cycle:
             image_path=self._store.images.path,
             models=self._settings.models,
             resizer=self._resizer,
+            timeout_seconds=self._settings.chunk_timeout_seconds,
         )
         if packed.items:
             self._record_start(packed)

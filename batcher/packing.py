@@ -7,6 +7,7 @@ that it does not affect the others.
 from __future__ import annotations
 
 import functools
+import math
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.errors import MlgError, ModelError, NotInstalled, UnknownModel
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelFacts
-from provider_image.service import primary_input
+from provider_image.service import limit_seconds, primary_input
 from provider_image.services import load_service
 from store.requests import Claim
+
+#: The part of a chunk's time that an item which ends by itself may take; the rest is for loading and decoding.
+_ITEM_SHARE = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +65,20 @@ class _PackableItem:
 
 
 def pack(
-    planned: PlannedChunk, *, folder: Path, image_path: Callable[[str], Path], models: Path, resizer: Resizer | None
+    planned: PlannedChunk,
+    *,
+    folder: Path,
+    image_path: Callable[[str], Path],
+    models: Path,
+    resizer: Resizer | None,
+    timeout_seconds: float = math.inf,
 ) -> PackedChunk:
     """Write a chunk file into a folder.
 
     :param image_path: returns the path of the stored file with a SHA-256.
     :param models: the folder of artefacts. If the model is installed there, only that artefact may answer.
     :param resizer: None sends the originals.
+    :param timeout_seconds: how long the chunk may take.
     :raises OSError: an existing file cannot be read, or the chunk file cannot be written.
     :raises MalformedChunk: no reader would accept the chunk.
     :raises NotInstalled: the size of the model's input is unknown, so its images cannot be resized.
@@ -94,7 +105,11 @@ def pack(
     size_bytes = 0
     while ready:
         numbered = [
-            ChunkItem(number=number, inputs=each.inputs, params=each.item.first.params)
+            ChunkItem(
+                number=number,
+                inputs=each.inputs,
+                params=limit_seconds(service.params, each.item.first.params, _ITEM_SHARE * timeout_seconds),
+            )
             for number, each in enumerate(ready)
         ]
         header = (chunk_id, planned.service, planned.model, digest)

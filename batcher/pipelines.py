@@ -42,7 +42,7 @@ from store.pipelines.definition import (
 from store.pipelines.pipelines import Advance, Failure, NewChild, ReadyRun
 from store.pipelines.runs import PipelineRun, Place, StepOutcome
 from store.requests import NewRequest, RequestRecord
-from store.states import RequestState
+from store.states import EXPIRED, RequestState
 from store.store import Store
 
 log = logging.getLogger(__name__)
@@ -276,7 +276,19 @@ class PipelineRunner:
             planned = plan(parent, run)
             new: list[NewChild] = []
             goes_on = False
+            is_late = parent.deadline_at is not None and parent.deadline_at <= now
+            # One that has no answer expires as a whole.
+            begins_none = is_late and any(_is_done(child) for child in run.children.values())
             for one in planned.steps:
+                if begins_none:
+                    goes_on = True
+                    reason = "The deadline of the request passed before it began."
+                    planned.outcomes.append(
+                        StepOutcome(
+                            step=one.step.name, position=one.position, status="skipped", code=EXPIRED, reason=reason
+                        )
+                    )
+                    continue
                 try:
                     new.append(self._make_child(one, parent, now, staged))
                 except StoreError:
@@ -342,6 +354,7 @@ class PipelineRunner:
                 labels={} if collection is None else parent.labels,
                 key_id=parent.key_id,
                 created_at=now,
+                deadline_at=parent.deadline_at,
                 digest=installed_digest(self._models, step.model),
                 parent=parent.id,
                 step=step.name,
@@ -389,6 +402,8 @@ def _failure(run: PipelineRun, outcomes: Sequence[StepOutcome]) -> Failure | Non
     for outcome in (*run.outcomes.values(), *outcomes):
         if outcome.status == "failed":
             return Failure(code=outcome.code, reason=f"Step {outcome.step}: {outcome.reason}")
+    if any(child.status == EXPIRED for child in run.children.values()):
+        return Failure(code=EXPIRED, reason="Its deadline passed before a step had an answer.")
     return None
 
 

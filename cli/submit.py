@@ -1,4 +1,4 @@
-"""The command `mlg submit`: sends images to a server, in batches, and collects the results.
+"""The command `mlg submit`: sends images, texts or table rows to a server, in batches, and collects the results.
 
 It talks to the server only through `mlg_client`. A journal (`submit_journal.py`) records what the server has
 acknowledged, so that an interrupted run can be repeated and sends only what is missing.
@@ -7,6 +7,8 @@ acknowledged, so that an interrupted run can be repeated and sends only what is 
 from __future__ import annotations
 
 import csv
+import errno
+import functools
 import hashlib
 import io
 import json
@@ -14,7 +16,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 #: Images and bytes per batch. Less than `mlg_client` sends at once, because an interrupted batch is uploaded again.
 MAX_BATCH_IMAGES, MAX_BATCH_BYTES = 100, 8 * 1024 * 1024
+#: Input of models that take no image -> suffixes of its files; each line of a .jsonl file is one.
+PLAIN_SUFFIXES = {"text": frozenset({".txt"}), "row": frozenset({".json", ".jsonl"})}
 #: After this time KeyboardInterrupt is raised again, in case Python has dropped the first.
 _REPEAT_INTERRUPT_SECONDS = 0.5
 #: Columns of a .csv file.
@@ -86,6 +90,9 @@ def submit(
 ) -> None:
     """Send images, or folders of images, to a server.
 
+    To a model that takes texts send .txt files; to one that takes table rows .json files with an object each, or .jsonl
+    files with an object in each line.
+
     After an interruption run the same command again: images that the server has acknowledged are not sent twice, except
     those that have failed, expired or been cancelled since. With another --input or --param they are others.
 
@@ -99,6 +106,7 @@ def submit(
       mlg submit --model efficientnet_lite0 --out results.csv photos/
       mlg submit --model efficientnet_lite0_embedding --out vectors.jsonl photos/
       mlg submit --model texture --input style=painting.jpg --images painted/ photos/
+      mlg submit --model rent --out rents.csv flats.jsonl
     """
     from mlg_client import Client, ClientError, Unreachable
 
@@ -108,7 +116,7 @@ def submit(
     if images is not None:
         make_folder(images)
     extras = Extras.parse(inputs, params)
-    rows = [Row(file=file) for file in find_files(paths)]
+    rows: list[Row] = []
     is_waiting = wait or out is not None or images is not None
     _handle_interrupt()
     try:
@@ -117,9 +125,12 @@ def submit(
             SubmitJournal(home, client.url, extras.key(model)) as journal,
             _progress_bars() as progress,
         ):
+            input = find_input(paths, client, model)
+            files = find_files(paths, PLAIN_SUFFIXES.get(input))
+            rows += [Row(file=file) for file in (split_files(files) if input == "row" else files)]
             sent = progress.add_task("sent", total=len(rows))
             answered = progress.add_task("answered", total=len(rows), visible=is_waiting)
-            for row in send_all(rows, client, model, journal, extras, top=top):
+            for row in send_all(rows, client, Target(model=model, input=input), journal, extras, top=top):
                 progress.advance(sent)
                 if row.request is None:
                     progress.advance(answered)
@@ -131,13 +142,14 @@ def submit(
                 save_images(rows, client, images)
     except (ClientError, MlgError, KeyboardInterrupt) as error:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if out is not None:
-            write_rows(rows, out)
-        acknowledged = sum(row.request is not None for row in rows)
-        click.echo(
-            f"mlg: The server has {acknowledged} of {len(rows)} images. Run the same command again to continue.",
-            err=True,
-        )
+        if rows:
+            if out is not None:
+                write_rows(rows, out)
+            acknowledged = sum(row.request is not None for row in rows)
+            click.echo(
+                f"mlg: The server has {acknowledged} of {len(rows)} images. Run the same command again to continue.",
+                err=True,
+            )
         if isinstance(error, KeyboardInterrupt):
             # A normal exit would wait for the client's threads, whose reads the server may hold for seconds.
             sys.stdout.flush()
@@ -194,6 +206,15 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Target:
+    """What everything is sent to."""
+
+    model: str
+    #: Its name of what it takes.
+    input: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Extras:
     """What is sent beside each image: further inputs and parameters."""
 
@@ -239,33 +260,98 @@ class _ImageFile:
 
     @classmethod
     def read(cls, file: Path) -> _ImageFile:
-        data = file.read_bytes()
+        data = _read(file)
         return cls(file=file, data=data, sha256=hashlib.sha256(data).hexdigest())
 
 
-def find_files(paths: Iterable[Path]) -> list[Path]:
-    """List the given files and the images in the given folders, in a stable order and without duplicates.
+def find_files(paths: Iterable[Path], suffixes: Collection[str] | None = None) -> list[Path]:
+    """List the given files and those in the given folders, in a stable order and without duplicates.
 
-    :raises ConfigError: a path does not exist, or there is no image at all.
+    :param suffixes: of the files that are taken from folders; None takes those of images.
+    :raises ConfigError: a path does not exist, or there is no file at all.
     """
     from mlg_client import SUFFIXES
 
+    chosen = SUFFIXES if suffixes is None else suffixes
     found: dict[Path, None] = {}
     for path in paths:
         if path.is_dir():
-            inside = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
-            found.update(dict.fromkeys(sorted(file for file in inside if file.suffix.lower() in SUFFIXES)))
+            found.update(dict.fromkeys(sorted(_inside(path, chosen))))
         elif path.exists():
             found[path] = None
         else:
             raise ConfigError(f"There is no file or folder {path}.")
     if not found:
-        raise ConfigError(f"No image files found. Suffixes that are sent from folders: {' '.join(sorted(SUFFIXES))}")
+        what = "image files" if suffixes is None else "files"
+        raise ConfigError(f"No {what} found. Suffixes that are sent from folders: {' '.join(sorted(chosen))}")
     return list(found)
 
 
+def _inside(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    inside = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
+    return (file for file in inside if file.suffix.lower() in suffixes)
+
+
+def find_input(paths: Iterable[Path], client: Client, model: str) -> str:
+    """Return the name of what the model takes. The server is asked only if no image is given.
+
+    :raises ClientError: the server is unreachable.
+    """
+    from mlg_client import SUFFIXES
+
+    plain = frozenset[str]().union(*PLAIN_SUFFIXES.values())
+    if not all(
+        any(_inside(path, plain)) and not any(_inside(path, SUFFIXES))
+        if path.is_dir()
+        else path.suffix.lower() in plain
+        for path in paths
+    ):
+        return "image"
+    spelled = model.lower().replace("-", "_")
+    found = next((one for one in client.models() if one.name.lower().replace("-", "_") == spelled), None)
+    kind = None if found is None else str(found.raw.get("input"))
+    return kind if kind in PLAIN_SUFFIXES else "image"
+
+
+def split_files(files: Iterable[Path]) -> Iterator[Path]:
+    """Iterate over files, in place of a .jsonl file over its lines that are not empty: rows.jsonl:1, rows.jsonl:2.
+
+    :raises ConfigError: such a file cannot be read, or has no line.
+    """
+    for file in files:
+        if file.suffix.lower() != ".jsonl":
+            yield file
+            continue
+        try:
+            numbers = list(_read_lines(file, file.stat().st_mtime_ns))
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
+        if not numbers:
+            raise ConfigError(f"{file} is empty.")
+        yield from (file.with_name(f"{file.name}:{number}") for number in numbers)
+
+
+def _read(file: Path) -> bytes:
+    """Read a file, or a line that `split_files` names. :raises OSError: also if there is no such line any more."""
+    name, colon, number = file.name.rpartition(":")
+    if not (colon and number.isascii() and number.isdigit() and name.lower().endswith(".jsonl")) or file.exists():
+        return file.read_bytes()
+    source = file.with_name(name)
+    line = _read_lines(source, source.stat().st_mtime_ns).get(int(number))
+    if line is None:
+        raise FileNotFoundError(errno.ENOENT, "The file has no such line any more", str(file))
+    return line
+
+
+@functools.lru_cache(maxsize=2)
+def _read_lines(file: Path, changed_at: int) -> Mapping[int, bytes]:
+    """Return the lines of a file that are not empty, by number from 1. :param changed_at: of the version to read."""
+    lines = enumerate(file.read_bytes().splitlines(), start=1)
+    return {number: line for number, line in lines if line.strip()}
+
+
 def send_all(
-    rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, extras: Extras, *, top: int | None
+    rows: Sequence[Row], client: Client, target: Target, journal: SubmitJournal, extras: Extras, *, top: int | None
 ) -> Iterator[Row]:
     """Send the images that the server has not acknowledged yet, or that ended without a result; identical ones once.
 
@@ -274,7 +360,7 @@ def send_all(
         sent so far.
     """
     # By sha256.
-    outcomes = _send_unfinished(rows, client, model, journal, extras)
+    outcomes = _send_unfinished(rows, client, target, journal, extras)
     for part in _read_in_parts(rows):
         new: dict[str, _ImageFile] = {}
         for _, image in part:
@@ -289,7 +375,7 @@ def send_all(
         batch = SentBatch(key=uuid.uuid4().hex, files={image.sha256: str(image.file.absolute()) for image in missing})
         if missing:
             journal.begin(batch)
-            outcomes |= _send_batch(batch, missing, client, model, extras)
+            outcomes |= _send_batch(batch, missing, client, target, extras)
         for row, image in part:
             if image is not None:
                 row.update(outcomes[image.sha256])
@@ -406,7 +492,7 @@ def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _ImageFile |
 
 
 def _send_unfinished(
-    rows: Iterable[Row], client: Client, model: str, journal: SubmitJournal, extras: Extras
+    rows: Iterable[Row], client: Client, target: Target, journal: SubmitJournal, extras: Extras
 ) -> dict[str, Request | Refused]:
     """Send the batch that an earlier run left without an answer, under its key, so that the server accepts it once.
 
@@ -423,7 +509,7 @@ def _send_unfinished(
     try:
         images = [_ImageFile.read(Path(file)) for file in batch.files.values()]
         if [image.sha256 for image in images] == list(batch.files):
-            outcomes = _send_batch(batch, images, client, model, extras)
+            outcomes = _send_batch(batch, images, client, target, extras)
             _finish(batch, outcomes, journal)
             return outcomes
     except OSError:
@@ -436,14 +522,15 @@ def _send_unfinished(
 
 
 def _send_batch(
-    batch: SentBatch, images: Sequence[_ImageFile], client: Client, model: str, extras: Extras
+    batch: SentBatch, images: Sequence[_ImageFile], client: Client, target: Target, extras: Extras
 ) -> dict[str, Request | Refused]:
     """Send images. :return: by sha256. :raises ClientError:"""
     names = [os.fsencode(image.file.name).decode("utf-8", "replace") for image in images]
     sent = client.submit_many(
         [image.data for image in images],
-        model,
+        target.model,
         names=names,
+        input=target.input,
         inputs=extras.inputs,
         params=extras.params,
         idempotency_key=batch.key,

@@ -186,6 +186,7 @@ class Calls(abc.ABC):
         model: str,
         *,
         names: Iterable[str] | None = None,
+        input: str = "image",
         inputs: Inputs | None = None,
         labels: Mapping[str, str] | None = None,
         params: Mapping[str, Any] | None = None,
@@ -195,6 +196,7 @@ class Calls(abc.ABC):
         """Send many images, in batches if the server has them. Images that it refuses are listed in the result.
 
         :param names: a file name for each image. Defaults to those of the paths or files.
+        :param input: the model's name of what is sent: "image", or "text" for texts and "row" for rows as JSON.
         :param inputs: what the model takes beside an image, the same for all: {"style": "painting.jpg"}.
         :param idempotency_key: sending the same images with the same key creates no second requests. Defaults to a
             random key.
@@ -203,9 +205,9 @@ class Calls(abc.ABC):
         :raises Unreachable: the server does not answer.
         """
         uploads = (
-            (load(image) for image in images)
+            (load(image, input=input) for image in images)
             if names is None
-            else (load(image, name=name) for image, name in zip(images, names, strict=True))
+            else (load(image, name=name, input=input) for image, name in zip(images, names, strict=True))
         )
         query, shared = _query(labels, params, webhook), form_fields(inputs or {})
         return await self._submit_all(uploads, model, query, idempotency_key, shared=shared)

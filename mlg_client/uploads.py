@@ -6,7 +6,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,18 +33,21 @@ class ImageUpload:
     #: The file name.
     name: str
     data: bytes = field(repr=False)
+    #: The model's name of what it is.
+    input: str = "image"
 
     @property
     def form_field(self) -> tuple[str, tuple[str, bytes, str]]:
         """The field of a multipart form with the image."""
-        return "image", (self.name, self.data, "application/octet-stream")
+        return self.input, (self.name, self.data, "application/octet-stream")
 
 
-def load(image: Image, *, name: str | None = None, id: str | None = None) -> ImageUpload:
-    """Read an image.
+def load(image: Image, *, name: str | None = None, id: str | None = None, input: str = "image") -> ImageUpload:
+    """Read an image, or what else a model takes.
 
     :param name: defaults to the name of the path or file, or "image".
     :param id: defaults to the name.
+    :param input: the model's name of it.
     """
     default_name = "image"
     if isinstance(image, bytes):
@@ -56,7 +59,7 @@ def load(image: Image, *, name: str | None = None, id: str | None = None) -> Ima
         data, file_name = image.read(), getattr(image, "name", None)
         default_name = Path(file_name).name if isinstance(file_name, str) else default_name
     name = name or default_name
-    return ImageUpload(id=id or name, name=name, data=data)
+    return ImageUpload(id=id or name, name=name, data=data, input=input)
 
 
 def form_fields(inputs: Inputs) -> list[tuple[str, tuple[str | None, bytes, str]]]:
@@ -94,7 +97,7 @@ def split(uploads: Iterable[ImageUpload]) -> Iterator[list[ImageUpload]]:
         cleaned = id
         while not id or id in batch:
             id, number = f"{number}:{cleaned}"[:_MAX_ID_LENGTH].strip(), number + 1
-        batch[id] = ImageUpload(id=id, name=upload.name, data=upload.data)
+        batch[id] = replace(upload, id=id)
         size_bytes += len(upload.data)
     if batch:
         yield list(batch.values())

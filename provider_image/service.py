@@ -105,6 +105,8 @@ class Param:
     help: str
     #: True if it only changes how a stored output is shown; it is not sent to a provider then.
     is_read_time: bool = False
+    #: True if it is the seconds after which the run ends by itself; the batcher lowers it to what a chunk may take.
+    is_time_limit: bool = False
 
     def check(self, raw: Any) -> Any:
         """Convert a value that a client sent as text or JSON. :raises InvalidParams: names the allowed values."""
@@ -134,6 +136,12 @@ def check_params(params: tuple[Param, ...], raw: Mapping[str, Any]) -> dict[str,
             names = ", ".join(sorted(known)) or "none"
             raise InvalidParams(f"There is no parameter {str(name)[:64]!r}. Parameters: {names}.")
     return {name: param.check(raw[name]) if name in raw else param.default for name, param in known.items()}
+
+
+def limit_seconds(params: tuple[Param, ...], values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Lower the values of parameters that are time limits to some seconds, as far as their ranges allow."""
+    limits = {param.name: max(seconds, param.minimum or 0) for param in params if param.is_time_limit}
+    return {name: min(value, limits[name]) if name in limits else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 from provider_image.chunk import ChunkItem, read_results, write_chunk
+from provider_image.models.catalogue import look_up
 
 #: Photo -> its format in the chunk, and the labels of which one must be among the top five.
 PHOTOS = {
@@ -34,11 +35,13 @@ def write(model: str, chunk: Path) -> None:
         file = io.BytesIO()
         Image.fromarray(getattr(skimage.data, name)()).save(file, format)
         items.append(ChunkItem(number=number, inputs={"image": file.getvalue()}))
-    print(f"chunk: {write_chunk(chunk, _ID, 'classification', model, None, items)} bytes, {', '.join(PHOTOS)}")
+    row = look_up(model)
+    service = "classification" if row is None else row.service
+    print(f"chunk: {write_chunk(chunk, _ID, service, model, None, items)} bytes, {', '.join(PHOTOS)}")
 
 
 def read(model: str, digest: str, results: Path) -> bool:
-    """Print a results file. :return: whether every photo was recognised."""
+    """Print a results file. :return: whether every photo was recognised; True for answers that are no labels."""
     found = read_results(results, _ID, model, range(len(PHOTOS)), digest)
     print(
         f"{results.stem}: loaded in {found.load_seconds:.2f} s, at most {found.peak_memory_bytes / 1e6:.0f} MB of "
@@ -48,6 +51,9 @@ def read(model: str, digest: str, results: Path) -> bool:
     for item, (name, (_, expected)) in zip(found.items, PHOTOS.items(), strict=True):
         if item.error is not None:
             sys.exit(f"image_chunk.py: {name}: {item.error.code}: {item.error.reason}")
+        if not isinstance(item.output, list):
+            print(f"  {name:8} {item.seconds * 1000:5.0f} ms  {json.dumps(item.output)[:90]}")
+            continue
         best = [row[1] for row in item.output[:5]]
         is_right = is_right and not set(best).isdisjoint(expected)
         shown = ", ".join(f"{label} {probability:.3f}" for _, label, probability in item.output[:3])

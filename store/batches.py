@@ -534,17 +534,21 @@ class Batches:
                 rows = rows[:_PIPELINES_PER_READ]
             return list(zip((row["ended_number"] for row in rows), read_requests(connection, rows), strict=True))
 
-    def items(self, id: str, *, after: int = 0, limit: int = 200) -> list[RequestRecord]:
-        """List the requests of a batch in the order in which they were sent. :param after: only higher numbers."""
+    def items(self, id: str, *, after: int = 0, limit: int = 200, with_steps: bool = False) -> list[RequestRecord]:
+        """List the requests of a batch in the order in which they were sent.
+
+        :param after: only higher numbers.
+        :param with_steps: those to pipelines have their steps, which may be more than a thousand for each.
+        """
         with self._database.read() as connection:
             rows = connection.execute(_ITEMS, {"id": id, "after": after, "limit": limit}).fetchall()
-            return read_requests(connection, rows)
+            return read_requests(connection, rows, with_steps=with_steps)
 
     def last_unfinished(self, id: str, progress: BatchProgress) -> RequestRecord | None:
         """Read the last request of a batch that is queued, else the last that is claimed; None when all have ended."""
         if progress.last_number is None:
             return None
-        found = self.items(id, after=progress.last_number - 1, limit=1)
+        found = self.items(id, after=progress.last_number - 1, limit=1, with_steps=True)
         return found[0] if found else None
 
     def cancel(self, id: str, *, now: datetime) -> int:

@@ -31,7 +31,7 @@ from store.pipelines.runs import CHILDREN, REMOVE_ALL, REMOVE_OTHERS, PipelineRu
 from store.processes.progress import ProgressRecord, read_progress
 from store.rows import from_row, from_text, insert_sql, mapping_to_text, to_row, to_text
 from store.states import EXPIRED, RequestState
-from store.transition import count_open, transition
+from store.transition import count_open, count_pipelines, transition
 
 #: Maximum number of items in a chunk, by how often an item was in a chunk that failed as a whole. The last is alone.
 ISOLATION_STEPS = (16, 4, 1)
@@ -174,7 +174,13 @@ _RESET_ONE = f"""
     reason = CASE WHEN code = '{EXPIRED}' THEN NULL ELSE reason END
 """
 
-_IS_OVERDUE = f"state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= :now AND {IS_VISIBLE}"
+# A request to a pipeline of which a step is answered or under way ends with what it has, when its steps have expired.
+_IS_OVERDUE = f"""
+    state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= :now AND {IS_VISIBLE}
+    AND NOT (service = '{PIPELINE}' AND EXISTS (
+        SELECT 1 FROM requests AS steps INDEXED BY requests_parent
+        WHERE steps.parent = requests.id AND steps.state IN ('claimed', 'done')))
+"""
 
 # Claimed requests are as many as the batchers have taken, and those of hidden batches are subtracted; so nothing here
 # looks at each request that is queued.
@@ -622,8 +628,9 @@ def insert_requests(
     count_open(transaction, [row["model"] for _, _, row in items])
     transaction.execute_many(_ADD_LABELS, labels)
     add_members(transaction, members)
-    pipelines = zip((new for new, _, _ in items), numbers, strict=True)
-    add_runs(transaction, ((new.id, number, new.pipeline) for new, number in pipelines if new.pipeline is not None))
+    pipelines = [(new, number) for (new, _, _), number in zip(items, numbers, strict=True) if new.pipeline is not None]
+    add_runs(transaction, ((new.id, number, str(new.pipeline)) for new, number in pipelines))
+    count_pipelines(transaction, (new.model for new, _ in pipelines))
     _refer_to_files(transaction, files, is_input=True)
     # Nobody else writes meanwhile, so the numbers have no gaps.
     return [_to_record(row) for row in transaction.execute(_ADDED, (numbers[0], numbers[-1]))]
@@ -1047,7 +1054,12 @@ class Requests:
         self._database.write(end)
 
     def expire(self, now: datetime) -> int:
-        """Cancel every queued request whose deadline has passed; claimed ones are finished. :return: how many."""
+        """Cancel every queued request whose deadline has passed; claimed ones are finished.
+
+        One to a pipeline that has got answers, or may get one from a step under way, goes on without its queued steps.
+
+        :return: how many.
+        """
         if not self._has_any(_IS_OVERDUE, {"now": to_text(now)}):
             return 0
 

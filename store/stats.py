@@ -3,10 +3,13 @@
 Read by `server/status/dashboard.py` and `server/status/metrics.py`. Every statement reads an index, or few rows, so it
 is quick however many requests are kept: none counts requests one by one. The outcomes of all requests ever are in the
 table `totals`, which `transition` keeps and which only grows, also when retention deletes requests.
+
+What is counted is what workers compute: of a request to a pipeline its steps, not the request itself.
 """
 
 from __future__ import annotations
 
+import bisect
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +17,26 @@ from datetime import datetime
 
 from store.chunks import ChunkRecord
 from store.database import Database
+from store.pipelines.definition import PIPELINE
 from store.rows import to_text
 
 # SQLite's record of AUTOINCREMENT: numbers have no gaps and are never reused.
-_ACCEPTED = "SELECT seq FROM sqlite_sequence WHERE name = 'requests'"
+_LAST_NUMBER = "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'requests'), 0)"
 
-_TOTALS = "SELECT model, outcome, code, up_to, count, seconds FROM totals ORDER BY model, outcome, code, up_to"
+_PIPELINES = f"SELECT coalesce(sum(count), 0) FROM totals WHERE outcome = '{PIPELINE}'"
+
+_TOTALS = f"""
+    SELECT model, outcome, code, up_to, count, seconds FROM totals WHERE outcome != '{PIPELINE}'
+    ORDER BY model, outcome, code, up_to
+"""
 
 _MINUTES = """
     SELECT substr(finished_at, 1, 16) AS minute, model, count(*) AS chunks, sum(answers) AS answered,
            coalesce(sum(done), 0) AS images, coalesce(sum(failed), 0) AS failed, coalesce(sum(seconds), 0.0) AS seconds
     FROM chunks WHERE finished_at >= ? GROUP BY 1, 2 ORDER BY 1, 2
 """
+
+_PIPELINES_SINCE = "SELECT number FROM pipeline_runs WHERE number >= ?"
 
 _AT_OR_AFTER = "SELECT number, created_at FROM requests WHERE number >= ? ORDER BY number LIMIT 1"
 
@@ -36,9 +47,9 @@ _ANSWERED = """
     ) WHERE state = 'done' AND NOT is_cached AND claimed_at IS NOT NULL LIMIT :limit
 """
 
-_FAILURES = """
+_FAILURES = f"""
     SELECT id, model, coalesce(code, 'unknown') AS code, reason, provider, finished_at FROM requests
-    WHERE state = 'failed' ORDER BY number DESC LIMIT ?
+    WHERE state = 'failed' AND service != '{PIPELINE}' ORDER BY number DESC LIMIT ?
 """
 
 _FAILED_CHUNKS = """
@@ -115,8 +126,8 @@ class Stats:
 
     def count_accepted(self) -> int:
         """Count the requests that were ever accepted."""
-        row = self._database.row(_ACCEPTED)
-        return 0 if row is None else int(row[0])
+        ((count,),) = self._database.rows(f"SELECT ({_LAST_NUMBER}) - ({_PIPELINES})")
+        return int(count)
 
     def list_totals(self) -> list[OutcomeTotal]:
         """List the outcomes of all requests that ever ended."""
@@ -128,15 +139,17 @@ class Stats:
 
     def count_accepted_before(self, times: Sequence[datetime]) -> list[int]:
         """Count, for each time, the requests that were accepted before it. :param times: ascending."""
-        found = []
-        with self._database.read() as connection:
-            row = connection.execute(_ACCEPTED).fetchone()
-            last = 0 if row is None else int(row[0])
+        firsts = []
+        with self._database.snapshot() as connection:
+            (last,) = connection.execute(_LAST_NUMBER).fetchone()
             low = 1
             for time in times:
                 low = _first_since(connection, to_text(time), low, last + 1)
-                found.append(low - 1)
-        return found
+                firsts.append(low)
+            (pipelines,) = connection.execute(_PIPELINES).fetchone()
+            # Those that were deleted since count as accepted before: they are older than most.
+            later = sorted(number for (number,) in connection.execute(_PIPELINES_SINCE, (min(firsts, default=1),)))
+        return [first - 1 - (pipelines - len(later) + bisect.bisect_left(later, first)) for first in firsts]
 
     def list_answered(self, *, limit: int) -> list[AnsweredRequest]:
         """List the requests answered last, the latest first, except those answered with an earlier answer."""

@@ -18,6 +18,7 @@ Each of these is written for all changed requests together, because one call may
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from store.clients.usage import count_outcomes
 from store.clients.webhooks import host_of
 from store.collections.members import complete_members, label_members
 from store.database import Transaction
+from store.pipelines.definition import PIPELINE
 from store.pipelines.runs import note_changes
 from store.processes.progress import forget_progress
 from store.rows import from_text, to_text
@@ -179,12 +181,19 @@ def _outcome(state: str, row: Any) -> str:
 def _add_to_totals(transaction: Transaction, to: RequestState, ended: Sequence[Any]) -> None:
     totals: dict[tuple[str, str, str, float], list[float]] = defaultdict(list)
     for row in ended:
+        if row["service"] == PIPELINE:  # its steps are counted
+            continue
         outcome, code = _outcome(to, row), row["code"]
         seconds = max(0.0, (from_text(row["finished_at"]) - from_text(row["created_at"])).total_seconds())
         up_to = next(bound for bound in DURATION_BUCKETS if seconds <= bound)
         reason = (code or "unknown") if to is RequestState.FAILED else ""
         totals[row["model"], outcome, reason, up_to].append(seconds)
     transaction.execute_many(_ADD_TO_TOTALS, [(*key, len(seconds), sum(seconds)) for key, seconds in totals.items()])
+
+
+def count_pipelines(transaction: Transaction, models: Iterable[str]) -> None:
+    """Count requests to pipelines that were added; see `stats.py`."""
+    transaction.execute_many(_ADD_TO_TOTALS, [(model, PIPELINE, "", math.inf, 1, 0.0) for model in models])
 
 
 def _number_ends(transaction: Transaction, ended: Sequence[Any]) -> list[Any]:

@@ -180,13 +180,14 @@ class Conversation:
             self._show(job, Content(text=say(chat.language, "style_needed"), buttons=self._cancel_button(job, chat)))
             return
         count, quota = len(self._state.photos(job)), self._accounts.quota(chat.id)
-        if quota is not None and self._state.used(chat.id, day_of(now)) + count > quota:
+        today = day_of(now)
+        if quota is not None and self._state.used(chat.id, today) + count > quota:
             self._state.set_job(job, state=ENDED)
             self._show(job, Content(text=say(chat.language, "quota", count=quota), is_answer=True))
             return
-        self._state.use(chat.id, day_of(now), count)
+        self._state.use(chat.id, today, count)
         style = chat.style_file if needs_style else None
-        self._state.set_job(job, state=SENDING, model=name, style_file=style, due_at=now, tries=0)
+        self._state.set_job(job, state=SENDING, model=name, style_file=style, due_at=now, tries=0, counted_on=today)
         self._show(job, Content(text=say(chat.language, "sending"), buttons=self._cancel_button(job, chat)))
 
     # Commands

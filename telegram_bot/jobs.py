@@ -124,7 +124,7 @@ class JobRunner:
                     self._conversation.begin(job)
             elif job.state in (CHOOSING, STYLING):
                 self._end(job, "expired")
-            elif job.is_cancelled:
+            elif job.is_cancelled and not (job.state == SENDING and job.is_begun):
                 await self._cancel(job)
             elif job.state == SENDING:
                 await self._send(job)
@@ -198,6 +198,8 @@ class JobRunner:
         client, labels = self._accounts.client(job.chat_id), {"source": "telegram"}
         images = [await self._fetch(photo.file_id) for photo in photos]
         names, key = [f"{photo.position + 1}-{photo.name}" for photo in photos], f"{job.key}-{photos[0].position}"
+        # From now on it is sent to its end also when it is cancelled, to learn what is to be cancelled on the server.
+        self._state.set_job(job, is_begun=1)
         if len(photos) == 1:
             image = {input: images[0], **shared} if shared else images[0]
             return [await client.submit(image, model.name, name=photos[0].name, labels=labels, idempotency_key=key)]
@@ -321,6 +323,8 @@ class JobRunner:
 
     def _end(self, job: PhotoJob, sentence: str, **values: object) -> None:
         """End a job with a sentence in place of an answer."""
+        if self._current(job).is_cancelled:
+            sentence, values = "cancelled", {}
         with self._state.transaction():
             self._state.set_job(job, state=ENDED)
             self._show(job, Content(text=self._say(job, sentence, **values), is_answer=True))
@@ -341,7 +345,8 @@ class JobRunner:
 
     def _give_back(self, job: PhotoJob) -> None:
         """Do not count the photos of a job that the server did not take."""
-        self._state.use(job.chat_id, day_of(self._clock()), -len(self._state.photos(job)))
+        day = job.counted_on or day_of(self._clock())
+        self._state.use(job.chat_id, day, -len(self._state.photos(job)))
 
     def _show(self, job: PhotoJob, content: Content) -> None:
         self._state.show(job, content, self._clock())

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from provider_image.errors import ConfigError, MlgError
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE updates (id INTEGER PRIMARY KEY, at REAL NOT NULL);
 CREATE TABLE chats (
@@ -85,6 +85,12 @@ CREATE TABLE usage (
     photos INTEGER NOT NULL,
     PRIMARY KEY (user_id, day)
 ) WITHOUT ROWID;
+"""
+
+#: What version 2 added.
+_SCHEMA_2 = """
+ALTER TABLE jobs ADD COLUMN counted_on TEXT;
+ALTER TABLE jobs ADD COLUMN is_begun INTEGER NOT NULL DEFAULT 0;
 """
 
 #: States of a job. `collecting` is an album whose photos still arrive; `styling` waits for the photo with the style.
@@ -167,15 +173,34 @@ class PhotoJob:
     model: str | None
     style_file: str | None
     is_cancelled: bool
+    #: Whether its upload has begun, so that the server may have some of it.
+    is_begun: bool
     #: Attempts of the current step that failed.
     tries: int
     created_at: float
+    #: The day on which its photos were counted.
+    counted_on: str | None
 
     @classmethod
     def from_row(cls, row: sqlite3.Row) -> Self:
         """Create the record from a row."""
-        names = ("id", "chat_id", "state", "key", "reply_to", "model", "style_file", "tries", "created_at")
-        return cls(**{name: row[name] for name in names}, is_cancelled=bool(row["is_cancelled"]))
+        names = (
+            "id",
+            "chat_id",
+            "state",
+            "key",
+            "reply_to",
+            "model",
+            "style_file",
+            "tries",
+            "created_at",
+            "counted_on",
+        )
+        return cls(
+            **{name: row[name] for name in names},
+            is_cancelled=bool(row["is_cancelled"]),
+            is_begun=bool(row["is_begun"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +283,8 @@ class BotState:
         if version > _VERSION:
             raise ConfigError(f"{path} was written by a newer version of mlg. Update this installation.")
         if version < _VERSION:
-            self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;")
+            steps = f"{'' if version else _SCHEMA}{_SCHEMA_2}"
+            self._db.executescript(f"BEGIN;{steps}PRAGMA user_version = {_VERSION};COMMIT;")
 
     def close(self) -> None:
         """Close the file."""

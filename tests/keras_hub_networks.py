@@ -9,7 +9,7 @@ from typing import Any
 from tests.transformer_folders import Arrays
 
 #: What installs it.
-INSTALL = "pip install --no-deps keras-hub==0.32.0"
+INSTALL = "pip install --no-deps keras-hub==0.32.0 regex tokenizers"
 
 
 def keras_hub_network(config: dict[str, Any], tensors: Arrays) -> Any:

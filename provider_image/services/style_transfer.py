@@ -108,7 +108,8 @@ class StyleTransfer:
             default=90,
             minimum=0.1,
             maximum=3600,
-            help="Seconds after which it stops and answers with what it has.",
+            is_time_limit=True,
+            help="Seconds after which it stops and answers with what it has; at most three quarters of a chunk's time.",
         ),
         FORMAT,
     )

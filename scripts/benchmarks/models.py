@@ -145,7 +145,7 @@ def main(models: str | None, rounds: int, seconds: float) -> None:
 
     Compiling takes 10 minutes and 6 GB the first time, measuring some 60 seconds a model: 20 minutes for sixteen.
     vit_base_patch16_224, vit_large_patch16_224 and deit_base are compared with keras-hub: pip install --no-deps
-    keras-hub==0.32.0
+    keras-hub==0.32.0 regex tokenizers
     """
     limit, jpegs = f32_gigaflops(), [photos.encode(name, (500, 375), [90]) for name in photos.PHOTOS]
     rows, figures = [], []

@@ -16,7 +16,7 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -269,7 +269,7 @@ def _form_items(
 
 def form_parts(
     file: IO[bytes], boundary: str, folder: Path, max_image_bytes: int
-) -> Iterator[tuple[str, str | None, IO[bytes]]]:
+) -> Generator[tuple[str, str | None, IO[bytes]], None, None]:
     """Iterate over the parts of a form: name, file name, and bytes; of an image over the limit only the beginning."""
     if not 0 < len(boundary) <= 200:
         raise MalformedRequest("The Content-Type of a form needs a boundary.")

@@ -172,9 +172,10 @@ class TrainingIntake:
         self._clock = clock
 
     @contextlib.contextmanager
-    def read(self, request: Request, options: TrainingOptions) -> Iterator[ReceivedTraining]:
+    def read(self, request: Request, options: TrainingOptions, *, is_table: bool = False) -> Iterator[ReceivedTraining]:
         """Read the body of a training: a zip, a form with the field `archive`, or a CSV. Its slot is kept meanwhile.
 
+        :param is_table: the file in a form is a CSV.
         :raises MlgError: the training cannot be accepted.
         """
         self._check_name(options.name)
@@ -185,10 +186,15 @@ class TrainingIntake:
             digest = body_digest(request)
             yield ReceivedTraining(options=options, digest=None if digest is None else digest.hexdigest())
             return
-        if request.mimetype == "text/csv":
+        if request.mimetype == "text/csv" or is_table:
             too_large = TooManyBytes(f"A table may have at most {MAX_TABLE_BYTES} bytes.")
             with self._intake.spool_body(request, max_bytes=MAX_TABLE_BYTES, too_large=too_large) as (file, whole):
-                yield ReceivedTraining(options=options, table=file, digest=whole)
+                if request.mimetype == "text/csv":
+                    yield ReceivedTraining(options=options, table=file, digest=whole)
+                else:
+                    boundary = request.mimetype_params.get("boundary", "")
+                    with contextlib.closing(form_parts(file, boundary, self._settings.home, 0)) as parts:
+                        yield ReceivedTraining(options=options, table=_only_part(parts), digest=whole)
             return
         if options.text is not None:
             raise UnsupportedMediaType("Send texts as a CSV (Content-Type: text/csv).")
@@ -393,6 +399,14 @@ class TrainingIntake:
         installed = find_custom_name(self._settings.models, name)
         if installed is not None and not (installed == name and self._store.trainings.is_trained(name)):
             raise NameTaken(f"There is a model {installed} that was not trained here. Choose another name.")
+
+
+def _only_part(parts: Iterator[tuple[str, str | None, IO[bytes]]]) -> IO[bytes]:
+    """Return the file of a form, which stays open while the parts do. :raises MalformedRequest: there is none."""
+    for name, _, data in parts:
+        if name == "archive":
+            return data
+    raise MalformedRequest("The form has no field `archive` with a file.")
 
 
 def _archive(batch: ReceivedBatch, work: Path, max_image_bytes: int) -> Path:

@@ -1,7 +1,7 @@
 """The pages of trainings: the list with the form that begins one, and one training with its progress and figures.
 
-The form has two steps, so that it works without JavaScript: the first chooses the name and the backbone, the second
-sends the zip. The files of a result are those of the API, `server/api/views/trainings.py`.
+The form has two steps, so that it works without JavaScript: the first chooses the name and what is learned from, the
+second sends the file. The files of a result are those of the API, `server/api/views/trainings.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import MlgError
+from provider_image.features.text import SEGMENTERS
 from provider_image.models.catalogue import EMBEDDING_SUFFIX, normalise_name
 from server.api.query import parse_cursor, read_query
 from server.auth.guard import is_owner, visible_key_id
 from server.context import Views
 from server.endpoint import PAGES, operation
-from server.intake.trainings import DEFAULT_BACKBONE, OPTIONS, TrainingOptions
+from server.intake.trainings import DEFAULT_BACKBONE, MAX_TABLE_BYTES, OPTIONS, TrainingOptions
 from server.pages.render import page, url_with_query
 from server.serializers import serialize_models
 from store.clients.keys import Scope
@@ -29,6 +30,15 @@ PER_PAGE = 20
 MAX_IMAGES = 24
 #: The largest confusion matrix that is shown as a table too.
 MAX_TABLE_CLASSES = 20
+#: What can be learned from -> the parameters of its form.
+SOURCES = {
+    "images": ("backbone",),
+    "table": ("target",),
+    "texts": ("text", "target", "segmenter"),
+    "collection": ("collection", "label", "target"),
+}
+#: Those whose file is a CSV.
+TABLES = ("table", "texts")
 #: What only some trainings have.
 _NOTHING = dict.fromkeys(("batch_id", "digest", "ended_at", "features", "reason", "step", "version", "waiting_for"))
 
@@ -45,8 +55,10 @@ class TrainingPageViews(Views):
     def train_form(self, name: str) -> Response:
         """Begin a training and redirect to its page."""
         try:
-            options = TrainingOptions.parse(name, read_query(flask.request, *(field.name for field in OPTIONS)))
-            with self._context.training_intake.read(flask.request, options) as received:
+            given = read_query(flask.request, "from", *(field.name for field in OPTIONS))
+            is_table = given.pop("from", "images") in TABLES
+            options = TrainingOptions.parse(name, given)
+            with self._context.training_intake.read(flask.request, options, is_table=is_table) as received:
                 training, _ = self._context.training_intake.add(received)
         except MlgError as error:
             return self._list(notice=error.reason, code=409)
@@ -83,12 +95,20 @@ class TrainingPageViews(Views):
         found = self._store.trainings.list(key_id=visible_key_id(), before=before, limit=PER_PAGE + 1)
         shown = [self._show_one(training) for training in found[:PER_PAGE]]
         name = normalise_text(given.get("name", ""))
-        options: dict[str, Any] = {}
+        source = given.get("from", "images") if given.get("from") in SOURCES else "images"
+        upload = None
         if name and notice is None:
+            chosen = {field: given[field].strip() for field in SOURCES[source] if given.get(field)}
+            if source == "images":
+                chosen.setdefault("backbone", DEFAULT_BACKBONE)
             try:
-                options = vars(TrainingOptions.parse(name, {"backbone": given.get("backbone", "")}))
+                TrainingOptions.parse(name, chosen)
             except MlgError as error:
                 notice, code = error.reason, 400
+            else:
+                upload = url_with_query(
+                    f"/ui/train/new/{name}", chosen if source == "images" else {"from": source, **chosen}
+                )
         return page(
             "trainings.html",
             status=code,
@@ -102,10 +122,11 @@ class TrainingPageViews(Views):
             backbones=self._backbones(),
             chosen=given.get("backbone") or DEFAULT_BACKBONE,
             name=name,
-            upload=url_with_query(f"/ui/train/new/{options['name']}", {"backbone": options["backbone"]})
-            if options
-            else None,
-            max_bytes=self._context.settings.max_batch_bytes,
+            upload=upload,
+            source=source,
+            is_table=source in TABLES,
+            segmenters=SEGMENTERS,
+            max_bytes=MAX_TABLE_BYTES if source in TABLES else self._context.settings.max_batch_bytes,
             base=flask.request.host_url.rstrip("/"),
         )
 

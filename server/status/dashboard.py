@@ -22,6 +22,7 @@ from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
 from store.amounts import EXACT, ZERO, format_amount
 from store.chunks import ChunkRecord
+from store.pipelines.definition import PIPELINE
 from store.processes.batchers import BatcherRecord
 from store.rentals.ledger import AllocationRecord, CostRow
 from store.rentals.providers import ProviderRecord
@@ -129,7 +130,7 @@ class Dashboard:
         }
 
     def queue(self) -> list[dict[str, Any]]:
-        """Return the waiting and claimed requests, by model. :raises StoreError:"""
+        """Return the waiting and claimed requests, by model, pipelines left out. :raises StoreError:"""
         now = self.clock()
         return [
             {
@@ -137,6 +138,7 @@ class Dashboard:
                 "oldest_seconds": None if each.oldest_at is None else _to_seconds(now - each.oldest_at),
             }
             for each in self.queue_stats.backlog()
+            if each.service != PIPELINE
         ]
 
     def running_chunks(self) -> list[ChunkRecord]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from provider_image.models.artefact import installed_digest
+from server.status.dashboard import Dashboard
+from server.status.queue_stats import QueueStats
 from store.batches import BatchRecord
 from store.clients.keys import KeyRecord, Scope, make_key
 from store.database import Database, Transaction
@@ -295,7 +297,7 @@ def test_a_step_that_is_queued_again_after_its_request_has_ended_is_cancelled(
     assert bench.statuses(id) == {"find": ["cancelled"]}
 
 
-def test_a_request_that_expires_cancels_its_steps(bench: PipelineBench, store: Store) -> None:
+def test_a_request_without_an_answer_expires_with_its_steps(bench: PipelineBench, store: Store) -> None:
     id = bench.send(deadline_at=NOW + timedelta(seconds=1)).id
     bench.go_on()
 
@@ -303,7 +305,33 @@ def test_a_request_that_expires_cancels_its_steps(bench: PipelineBench, store: S
     bench.go_on()
 
     assert bench.get(id).status == "expired"
-    assert bench.statuses(id) == {"find": ["cancelled"]}
+    assert bench.statuses(id) == {"find": ["expired"]}
+
+
+def test_a_request_ends_with_what_it_has_when_its_deadline_passes(bench: PipelineBench, store: Store) -> None:
+    id = bench.send(deadline_at=NOW + timedelta(seconds=1)).id
+    bench.go_on()
+    bench.step(FIND, {"spots": [spot(), spot(), spot()]})
+    bench.answer(bench.claim(CUT, limit=1), {"width": 1}, image=b"x")
+    under_way = bench.claim(CUT, limit=1)
+    bench.now = NOW + timedelta(seconds=2)
+
+    store.requests.expire(bench.now)
+    bench.go_on()
+    before = bench.get(id)
+    bench.answer(under_way, {"width": 1}, image=b"y")
+    bench.go_on()
+
+    found = bench.get(id)
+    assert (before.status, found.status) == ("queued", "done")
+    assert bench.statuses(id) == {
+        "find": ["done"],
+        "cut": ["done", "done", "expired"],
+        "embed": ["skipped", "skipped", "skipped"],
+    }
+    assert found.run is not None
+    assert found.run.outcomes["embed", 1].reason == "The deadline of the request passed before it began."
+    assert found.output == {"done": 3, "expired": 1, "skipped": 3}
 
 
 def test_deleting_a_request_deletes_its_steps_and_their_files(bench: PipelineBench, store: Store) -> None:
@@ -636,9 +664,39 @@ def test_results_of_pipelines_are_read_a_few_at_a_time(bench: PipelineBench, sto
     assert (len(first), len(rest)) == (10, 2)
 
 
+def test_the_items_of_a_batch_are_read_without_their_steps(bench: PipelineBench, store: Store) -> None:
+    add_batch(bench)
+    bench.go_on()
+
+    items = store.batches.items("b")
+    last = store.batches.last_unfinished("b", store.batches.progress("b"))
+
+    assert [(one.run.has_steps, one.run.children) for one in items if one.run is not None] == [(False, {})] * 3
+    assert last is not None and last.run is not None and list(last.run.children) == [("find", 0)]
+
+
 def test_waiting_steps_are_counted_without_reading_all_requests(bench: PipelineBench, store: Store) -> None:
     with store.database.read() as connection:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {pipelines._WAITING_MODELS}", (9,))]
 
     assert any("COVERING INDEX requests_queued" in line for line in plan), plan
     assert not any("requests USING INTEGER PRIMARY KEY (rowid<?)" in line for line in plan), plan
+
+
+def test_operators_figures_count_the_steps_and_not_the_request(bench: PipelineBench, store: Store) -> None:
+    dashboard = Dashboard(store, QueueStats(store), lambda: bench.now)
+    bench.send()
+    bench.send(b"another")
+    bench.go_on()
+    queue = dashboard.queue()
+    bench.fail(bench.claim(FIND, limit=1))
+    bench.step(FIND, {"spots": []})
+
+    assert [(row["model"], row["waiting"]) for row in queue] == [(FIND, 2)]
+    assert store.stats.count_accepted() == 2
+    assert store.stats.count_accepted_before([NOW - AN_HOUR, NOW - timedelta(seconds=1), NOW + AN_HOUR]) == [0, 0, 2]
+    assert {(total.model, total.outcome): total.count for total in store.stats.list_totals()} == {
+        (FIND, "done"): 1,
+        (FIND, "failed"): 1,
+    }
+    assert [failure.model for failure in store.stats.list_failures(limit=9)] == [FIND]

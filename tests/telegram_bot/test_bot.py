@@ -9,11 +9,13 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 
+from mlg_client import AsyncClient, Unreachable
 from provider_image.errors import ConfigError
 from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.files import NewFile
@@ -426,6 +428,29 @@ async def test_cancelling_cancels_on_the_server(bench: Benches, photo: bytes, st
         number = await choose(b.api, "Classification")
         await until(lambda: "Queued" in b.api.chats[USER][number].text)
         b.api.message(USER, text="/cancel")
+        await until(lambda: "Cancelled." in b.api.chats[USER][number].text)
+
+        assert [str(one.state) for one in store.requests.list(limit=10)] == ["cancelled"]
+
+
+async def test_cancelling_during_the_upload_leaves_nothing_on_the_server(
+    bench: Benches, photo: bytes, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, losses = AsyncClient.submit, iter([True])
+
+    async with bench() as b, b.bot():
+
+        async def submit(client: AsyncClient, *arguments: Any, **options: Any) -> Any:
+            request = await real.__get__(client, AsyncClient)(*arguments, **options)
+            if next(losses, False):
+                b.api.message(USER, text="/cancel")
+                await shown(b.api, "Cancelling")
+                raise Unreachable("The answer of the server was lost.")
+            return request
+
+        monkeypatch.setattr(AsyncClient, "submit", submit)
+        b.api.photo(USER, photo)
+        number = await choose(b.api, "Classification")
         await until(lambda: "Cancelled." in b.api.chats[USER][number].text)
 
         assert [str(one.state) for one in store.requests.list(limit=10)] == ["cancelled"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from provider_image.errors import ConfigError
-from telegram_bot.state import BotState
+from telegram_bot.state import _SCHEMA, BotState
 from tests.conftest import ROOT
 from tests.telegram_bot.fake_bot_api import TOKEN
 
@@ -61,6 +61,21 @@ def test_a_state_that_is_no_database_or_of_a_newer_version_is_refused(tmp_path: 
         database.execute("PRAGMA user_version = 99")
     with pytest.raises(ConfigError, match="newer version"):
         BotState(file)
+
+
+def test_a_state_of_the_first_version_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "telegram.sqlite3"
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.executescript(f"{_SCHEMA}PRAGMA user_version = 1;")
+        database.execute(
+            "INSERT INTO jobs (chat_id, state, key, reply_to, due_at, created_at) VALUES (42, 'sending', 'k', 1, 0, 0)"
+        )
+        database.commit()
+
+    with contextlib.closing(BotState(file)) as state:
+        (job,) = state.open_jobs(42)
+
+    assert (job.key, job.is_begun, job.counted_on) == ("k", False, None)
 
 
 def test_the_state_is_private_and_is_opened_again(tmp_path: Path) -> None:

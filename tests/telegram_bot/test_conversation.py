@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,13 @@ import telegram
 from mlg_client import Model
 from telegram_bot.accounts import Accounts
 from telegram_bot.catalogue import PAGE_SIZE, ModelMenu
-from telegram_bot.conversation import ALBUM_SECONDS, MAX_FILE_BYTES, MAX_OPEN_JOBS, Conversation
+from telegram_bot.conversation import ALBUM_SECONDS, MAX_FILE_BYTES, MAX_OPEN_JOBS, Conversation, day_of
+from telegram_bot.jobs import JobRunner
 from telegram_bot.settings import TelegramSettings, Users
 from telegram_bot.state import CHOOSING, COLLECTING, ENDED, SENDING, STYLING, WAITING, BotState, Content, Photo
 from telegram_bot.texts import LANGUAGES, SENTENCES
+from tests.telegram_bot.fake_bot_api import TOKEN
+from tests.timing import until
 
 USER, OTHER = 42, 43
 
@@ -270,6 +274,38 @@ def test_the_quota_of_a_day_counts_the_photos_of_albums(chats: Chats) -> None:
 
     assert "You may send 3 photos a day" in refused
     assert [one.state for one in chats.state.open_jobs(USER)] == [SENDING, SENDING]
+
+
+async def test_photos_that_were_not_sent_are_given_back_to_the_day_that_counted_them(
+    chats: Chats, tmp_path: Path
+) -> None:
+    before = day_of(chats.now)
+    for _ in range(2):
+        chats.photo()
+        chats.choose("Classification")
+        chats.choose("Lite")
+        chats.now += 86400
+    first, second = chats.state.open_jobs(USER)
+    chats.state.set_job(second, due_at=chats.now + 500)
+    chats.press(f"x{first.id}")
+    accounts = Accounts(TelegramSettings(home=tmp_path), Users(keys={}, is_open=True))
+    runner = JobRunner(
+        chats.state,
+        telegram.Bot(TOKEN),
+        accounts,
+        chats.conversation,
+        lambda: chats.now,
+        on_change=lambda chat_id: None,
+        on_request=lambda account, id: None,
+    )
+
+    task = asyncio.create_task(runner.run())
+    await until(lambda: len(chats.state.open_jobs(USER)) == 1)
+    task.cancel()
+    await asyncio.wait((task,))
+
+    assert [chats.state.used(USER, day_of(chats.now - back * 86400)) for back in (1, 2)] == [1, 0]
+    assert before == day_of(chats.now - 2 * 86400)
 
 
 def test_a_chat_may_have_so_many_open_jobs_only(chats: Chats) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -337,21 +337,18 @@ class CollectionViews(Views):
         reads = self._context.active_reads
         kind = parse_options_header(flask.request.environ.get("CONTENT_TYPE", ""))[0].lower()
         if kind == "application/octet-stream":
-            data, digest = read_bytes(flask.request, _MAX_JSON_BYTES, active_reads=reads)
-            vector = _parse_vector(collection, data)
-            return self._context.repetitions.once(digest, lambda: self._found(collection, query, vector))
+            data, _ = read_bytes(flask.request, _MAX_JSON_BYTES, active_reads=reads)
+            return self._found(collection, query, _parse_vector(collection, data))
         if kind == "application/json":
-            given, digest = self._read_object()
-            return self._context.repetitions.once(digest, lambda: self._search_by_json(collection, query, given))
+            return self._search_by_json(collection, query, *self._read_object())
         received = self._context.intake.read_image(flask.request, collection.model, query=({}, RequestOptions()))
-        return self._context.repetitions.once(
-            received.upload.digest,
-            lambda: self._search_by_request(collection, query, self._context.intake.add_image(received)[0]),
+        return self._search_by_new_request(
+            collection, query, received.upload.digest, lambda: self._context.intake.add_image(received)[0]
         )
 
     def _search_by_json(
-        self, collection: CollectionRecord, query: _SearchQuery, given: Mapping[str, Any]
-    ) -> flask.Response:
+        self, collection: CollectionRecord, query: _SearchQuery, given: Mapping[str, Any], digest: str | None
+    ) -> Response:
         check_names(given, ("req_id", "vector"))
         if set(given) == {"vector"}:
             return self._found(collection, query, _parse_vector(collection, _pack_vector(given["vector"])))
@@ -361,9 +358,27 @@ class CollectionViews(Views):
         member = self._store.collections.find_image(collection, request.image_sha256)
         if member is not None:
             return self._found(collection, query, member[1], request=request, without=member[0])
-        if request.model != collection.model:
-            request = self._context.intake.add_stored_image(request, collection.model)
-        return self._search_by_request(collection, query, request)
+        if request.model == collection.model:
+            return self._search_by_request(collection, query, request)
+        return self._search_by_new_request(
+            collection, query, digest, lambda: self._context.intake.add_stored_image(request, collection.model)
+        )
+
+    def _search_by_new_request(
+        self, collection: CollectionRecord, query: _SearchQuery, digest: str | None, add: Callable[[], RequestRecord]
+    ) -> Response:
+        """Search with the vector of a request that is added for it, once under an idempotency key.
+
+        A repetition gets the id of the request. What was found is not kept: it tells of images that may be deleted.
+        """
+        added: list[RequestRecord] = []
+
+        def work() -> flask.Response:
+            added.append(add())
+            return _submitted(added[0])
+
+        response = self._context.repetitions.once(digest, work)
+        return self._search_by_request(collection, query, added[0]) if added else response
 
     def _search_by_request(
         self, collection: CollectionRecord, query: _SearchQuery, request: RequestRecord
@@ -373,9 +388,7 @@ class CollectionViews(Views):
             request, query.wait_seconds, client=current_key_id(), is_allowed=caller_check()
         )
         if not request.state.is_final:
-            status_url = f"/readPrediction/{request.id}"
-            shown = {"req_id": request.id, "status": request.status, "status_url": status_url, "model": request.model}
-            return json_response({"success": True, **shown, "cached": False}, 202, {"Location": status_url})
+            return _submitted(request)
         collection = self._get_collection(collection.id)  # it may have got its first vector meanwhile
         return self._found(collection, query, self.read_answer(collection, request), request=request)
 
@@ -505,6 +518,12 @@ class CollectionViews(Views):
             if "wait" not in given
             else parse_wait_seconds(given["wait"], most),
         )
+
+
+def _submitted(request: RequestRecord) -> flask.Response:
+    status_url = f"/readPrediction/{request.id}"
+    shown = {"req_id": request.id, "status": request.status, "status_url": status_url, "model": request.model}
+    return json_response({"success": True, **shown, "cached": request.is_cached}, 202, {"Location": status_url})
 
 
 def _added(

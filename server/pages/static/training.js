@@ -1,4 +1,4 @@
-// The form that sends the examples of a training: drop a zip, and see how much of it was sent. Works without this script.
+// The form that sends the examples of a training: drop a file, and see how much of it was sent. Works without this script.
 
 const form = document.getElementById("upload");
 
@@ -28,7 +28,7 @@ if (form) {
     const file = input.files[0];
     if (file.size > Number(form.dataset.maxBytes)) {
       sending.hidden = false;
-      text.textContent = "The zip is too large.";
+      text.textContent = "The file is too large.";
       return;
     }
     const request = new XMLHttpRequest(); // fetch does not tell how much was sent
@@ -36,19 +36,19 @@ if (form) {
     request.setRequestHeader("Accept", "text/html");
     request.upload.addEventListener("progress", ({ loaded, total }) => {
       bar.value = loaded / total;
-      text.textContent = loaded < total ? `${Math.round((100 * loaded) / total)} % sent` : "Checking the images …";
+      text.textContent = loaded < total ? `${Math.round((100 * loaded) / total)} % sent` : "Checking …";
     });
     request.addEventListener("load", () => {
       // After a redirect this is the page of the training, else this page with the reason.
       if (new URL(request.responseURL).pathname.startsWith("/ui/train/new/")) {
         const page = new DOMParser().parseFromString(request.responseText, "text/html");
-        text.textContent = page.querySelector("main [role=alert]")?.textContent ?? "The zip was refused.";
+        text.textContent = page.querySelector("main [role=alert]")?.textContent ?? "The file was refused.";
         bar.value = 0;
       } else {
         location.assign(request.responseURL);
       }
     });
-    request.addEventListener("error", () => { text.textContent = "The connection broke. Send the zip again."; });
+    request.addEventListener("error", () => { text.textContent = "The connection broke. Send the file again."; });
     sending.hidden = false;
     request.send(new FormData(form));
   });

@@ -25,7 +25,15 @@ from provider_image.images.decoding import decode
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE, Transformer
 from tests.keras_hub_networks import INSTALL, keras_hub_network
-from tests.transformer_folders import SMALL, config_of, safetensors_of, seeded_tensors, write_folder
+from tests.transformer_folders import (
+    SMALL,
+    catalogue_config,
+    config_of,
+    read_tensors,
+    safetensors_of,
+    seeded_tensors,
+    write_folder,
+)
 
 BIRDS = ["owl", "heron, grey", "wren", "kite", "rook"]
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -159,7 +167,12 @@ def test_answers_are_those_of_a_plain_computation(models, kind):
         assert np.std(expected) > 0.01  # weights that would not matter would prove nothing
 
 
-@pytest.mark.skipif(importlib.util.find_spec("keras_hub") is None, reason=f"needs keras-hub: {INSTALL}")
+needs_keras_hub = pytest.mark.skipif(
+    importlib.util.find_spec("keras_hub") is None, reason=f"needs keras-hub: {INSTALL}"
+)
+
+
+@needs_keras_hub
 @pytest.mark.parametrize("kind", ["vit", "deit"])
 def test_answers_are_those_of_keras_hub(tmp_path, kind):
     config, tensors, _, preprocessing = description_and_tensors(kind)
@@ -171,6 +184,25 @@ def test_answers_are_those_of_keras_hub(tmp_path, kind):
 
     expected = keras_hub_network(config, tensors)(preprocess(np.stack(images()).astype(np.float32), preprocessing))
     assert np.abs(np.stack(found) - np.asarray(expected)).max() < 1e-5
+
+
+@needs_keras_hub
+@pytest.mark.every_model
+@pytest.mark.parametrize("name", ["vit_large_patch16_224"])
+def test_a_large_graph_answers_as_keras_hub(tmp_path, name):
+    row = CATALOGUE[name]
+    config = catalogue_config(row)
+    folder = write_folder(tmp_path / "given", config, seeded_tensors(config))
+    pixels = list(np.random.default_rng(5).integers(0, 256, (3, row.height, row.width, 3), np.uint8))
+
+    artefact = build(tmp_path / "models", row, folder, f16_within=0)
+    found = load_net(artefact, Device()).infer(pixels)
+
+    network = keras_hub_network(config, read_tensors(folder / "model.safetensors"))
+    expected = np.asarray(network(preprocess(np.stack(pixels).astype(np.float32), row.preprocessing)))
+    assert artefact.precision == "f32"
+    assert np.abs(np.stack(found) - expected).max() < 1e-5
+    assert expected.max() > 0.01  # equal probabilities would prove nothing
 
 
 @pytest.mark.parametrize(("kind", "dimensions"), [("vit", 32), ("distilled", 64), ("beit", 32)])

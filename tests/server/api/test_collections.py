@@ -390,6 +390,26 @@ def test_repeated_call_with_an_idempotency_key_is_done_once(client: Client, holi
     assert (other.status_code, other.json["code"]) == (422, "key_reused")
 
 
+def test_what_a_search_finds_is_not_kept_under_its_idempotency_key(
+    client: Client, store: Store, holiday: dict[str, str], embed: Callable[..., int]
+) -> None:
+    key = {"Idempotency-Key": "one"}
+    search(client, "?wait=0", data=form(33))
+    embed()
+
+    found = client.post("/collections/holiday/search?k=1", data=form(33), headers=key)
+    again = client.post("/collections/holiday/search?k=1", data=form(33), headers=key)
+    by_vector = search(client, json={"vector": vector_of(21).tolist()}, headers={"Idempotency-Key": "two"})
+    later = search(client, "?k=1", json={"req_id": again.json["req_id"]})
+    client.post(f"/requests/{found.json['req_id']}/delete")
+
+    assert names(found) == ["30.png"]
+    assert (again.status_code, again.json["req_id"]) == (202, found.json["req_id"])
+    assert names(later) == ["30.png"]
+    assert len(by_vector.json["matches"]) == 10
+    assert store.database.rows("SELECT * FROM idempotency") == []
+
+
 def test_collection_that_is_far_behind_is_made_ready_in_the_background(
     client: Client, holiday: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,51 @@ def test_the_form_says_what_is_wrong(client: flask.testing.FlaskClient) -> None:
     assert few.status_code == 409 and "Each class needs at least 5 images" in few.text
 
 
+TABLE = b"colour,kind\n" + b"".join(b"c%d,%s\n" % (n, (b"a", b"b")[n % 2]) for n in range(20))
+
+
+@pytest.mark.parametrize(
+    ("query", "kind", "options"),
+    [
+        ("from=table&target=kind", TrainingKind.TABLE, {}),
+        ("from=texts&text=colour&target=kind", TrainingKind.TEXT, {"text": "colour"}),
+    ],
+)
+def test_a_table_and_texts_are_sent_by_a_form(
+    client: flask.testing.FlaskClient, store: Store, query: str, kind: TrainingKind, options: dict[str, str]
+) -> None:
+    form = client.get(f"/ui/train?name=My+fruit&{query}", headers=BROWSER)
+    url = form.text.partition('method="post" action="')[2].partition('"')[0].replace("&amp;", "&")
+    sent = client.post(url, data={"archive": (io.BytesIO(TABLE), "fruit.csv")}, headers=BROWSER)
+    (training,) = store.trainings.list()
+
+    assert url.startswith("/ui/train/new/my_fruit?from=") and 'accept=".csv,text/csv"' in form.text
+    assert sent.status_code == 303 and sent.headers["Location"] == f"/ui/train/{training.id}"
+    assert (training.kind, training.target, training.examples, training.options) == (kind, "kind", 20, options)
+    assert store.trainings.files.read(training.id, "input.csv") == TABLE
+
+
+def test_a_table_without_the_column_is_refused_with_the_reason(client: flask.testing.FlaskClient, store: Store) -> None:
+    wrong = client.post(
+        "/ui/train/new/fruit?from=table&target=shape", data={"archive": (io.BytesIO(TABLE), "a.csv")}, headers=BROWSER
+    )
+    other = {"other": (io.BytesIO(TABLE), "a.csv")}
+    empty = client.post("/ui/train/new/fruit?from=table&target=kind", data=other, headers=BROWSER)
+
+    assert wrong.status_code == 409 and "shape" in wrong.text
+    assert empty.status_code == 409 and "no field `archive`" in empty.text
+    assert store.trainings.list() == []
+
+
+def test_the_form_of_a_collection_needs_no_file(client: flask.testing.FlaskClient) -> None:
+    form = client.get("/ui/train?name=places&from=collection&collection=holiday&label=place", headers=BROWSER)
+    sent = client.post("/ui/train/new/places?from=collection&collection=holiday&label=place", headers=BROWSER)
+
+    assert 'action="/ui/train/new/places?from=collection&amp;collection=holiday&amp;label=place"' in form.text
+    assert 'type="file"' not in form.text
+    assert sent.status_code == 409 and "There is no collection with this name" in sent.text
+
+
 def test_a_training_can_be_cancelled_on_its_page(client: flask.testing.FlaskClient, store: Store) -> None:
     archive = {"archive": (io.BytesIO(two_classes()), "pets.zip")}
     page = client.post("/ui/train/new/pets", data=archive, headers=BROWSER).headers["Location"]
@@ -129,6 +174,7 @@ def test_the_pages_are_accessible_and_fit_the_screen(
         for name, address in (
             ("trainings", "/ui/train"),
             ("training-form", "/ui/train?name=my_pets"),
+            ("training-table", "/ui/train?name=my_pets&from=table&target=kind"),
             ("training", f"/ui/train/{classes}"),
             ("training-numbers", f"/ui/train/{numbers}"),
         ):
