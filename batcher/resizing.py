@@ -28,6 +28,7 @@ class Resizer:
 
     :param workers: maximum number of processes.
     :param models: the folder of artefacts.
+    :param is_compressed: whether resized images are compressed.
     :param environment, limit_seconds: see `DecoderPool`.
     """
 
@@ -36,10 +37,12 @@ class Resizer:
         workers: int,
         models: Path,
         *,
+        is_compressed: bool = True,
         environment: Mapping[str, str] | None = None,
         limit_seconds: float = JOB_TIMEOUT_SECONDS,
     ) -> None:
         self._models = models
+        self._is_compressed = is_compressed
         self._pool, self._tries = (
             DecoderPool(workers, environment=environment, limit_seconds=limit_seconds, readable=readable)
             for readable in ((), (models, *extension_folders()))
@@ -60,8 +63,9 @@ class Resizer:
         :raises OSError: an existing file cannot be read.
         """
         size = {"height": model.height, "width": model.width, "crop": model.crop}
+        options = {**size, "is_compressed": self._is_compressed}
         inputs = ({name: str(path) for name, path in item.items()} for item in items)
-        jobs = [{"do": "resize", "options": size, "inputs": each} for each in inputs]
+        jobs = [{"do": "resize", "options": options, "inputs": each} for each in inputs]
         return self._run(self._threads, self._pool, jobs)
 
     def try_item(self, chunk: Path, number: int) -> MlgError | None:
@@ -100,4 +104,4 @@ class Resizer:
 
 def is_resizing(settings: BatcherSettings, executor: Executor) -> bool:
     """Tell whether an executor gets resized images; else it gets the originals."""
-    return settings.shrink == "on" or (settings.shrink == "auto" and executor.is_remote)
+    return settings.shrink in ("on", "uncompressed") or (settings.shrink == "auto" and executor.is_remote)

@@ -95,7 +95,11 @@ class Batcher:
         is_resized = is_resizing(settings, executor)
         #: Also tries what a stranger says of an input. Its processes are started when they are needed.
         has_resizer = is_resized or not executor.is_trusted
-        self._resizer = Resizer(settings.resizers, settings.models) if has_resizer else None
+        self._resizer = (
+            Resizer(settings.resizers, settings.models, is_compressed=settings.shrink != "uncompressed")
+            if has_resizer
+            else None
+        )
         self._cycle = Cycle(
             store=store,
             executor=executor,

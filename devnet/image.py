@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import urllib.request
@@ -18,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import provider_image
 
 #: Folders of this machine that stand for the system in every image.
 _SYSTEM_FOLDERS = ("/bin", "/usr/bin")
@@ -66,8 +69,18 @@ def build_image(folder: Path, home: Path | None) -> Image:
                 shutil.copytree(model, folder / "models" / model.name, copy_function=_link)
                 description = (folder / "models" / model.name / "model.json").read_bytes()
                 models[model.name] = hashlib.sha256(description).hexdigest()
-    program = str(Path(sys.executable).with_name("mlg-provider"))
-    return Image(programs={"/usr/local/bin/mlg-provider": program}, home=str(folder), models=models)
+    return Image(programs={"/usr/local/bin/mlg-provider": str(_write_program(folder))}, home=str(folder), models=models)
+
+
+def _write_program(folder: Path) -> Path:
+    """Write a script for `mlg-provider` that does what the one of the provider image does, with this Python."""
+    script = shlex.quote(str(Path(provider_image.__file__).with_name("mlg-provider")))
+    installed = shlex.quote(str(Path(sys.executable).with_name("mlg-provider")))
+    program = folder / "mlg-provider"
+    folder.mkdir(parents=True, exist_ok=True)
+    program.write_text(f'#!/bin/sh\n[ "$1" != next ] || exec /bin/sh {script} "$@"\nexec {installed} "$@"\n')
+    program.chmod(0o755)
+    return program
 
 
 def load_image(package: str) -> Image:

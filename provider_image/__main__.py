@@ -80,7 +80,8 @@ def _device(options: argparse.Namespace) -> Device:
 
 
 def _run_warm(options: argparse.Namespace, environment: Environment) -> None:
-    from provider_image.warm_client import run
+    from provider_image.pipes import ACCEPTS_NEXT, accepts_next
+    from provider_image.warm_client import run, server_folder
 
     keep_warm_seconds = environment.number(
         "MLG_KEEP_WARM_SECONDS", _DEFAULT_KEEP_WARM_SECONDS, minimum=0.1, maximum=86400
@@ -95,6 +96,8 @@ def _run_warm(options: argparse.Namespace, environment: Environment) -> None:
         keep_warm_seconds=keep_warm_seconds,
         limit_seconds=options.timeout,
     )
+    if accepts_next(server_folder(options.place, options.models, options.threads, options.precision)):
+        print(ACCEPTS_NEXT)  # a requestor reads it, who cannot know which version runs here
 
 
 def _run_here(options: argparse.Namespace) -> None:
@@ -111,6 +114,7 @@ def _run_here(options: argparse.Namespace) -> None:
         idle_seconds=options.idle_seconds,
         exit_with_stdin=options.exit_with_stdin,
         on_ready=lambda: print("ready", flush=True),
+        has_pipes=options.pipes,
     )
 
 
@@ -200,6 +204,9 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
             "most memory of models that stay loaded, and of what a chunk takes beside them; one model may need more "
             "(default: half of the memory)"
         ),
+    )
+    serve.add_argument(
+        "--pipes", action="store_true", help="also take the chunks that `next` of the provider image gives it"
     )
     serve.add_argument("--exit-with-stdin", action="store_true", help="exit immediately when standard input is closed")
     check = commands.add_parser(

@@ -113,7 +113,7 @@ def _start(folder: Path, options: list[str]) -> subprocess.Popen[bytes]:
 
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "provider_image", "serve", "--place", str(folder), *options],
+            [sys.executable, "-m", "provider_image", "serve", "--place", str(folder), "--pipes", *options],
             cwd=_PACKAGE.parent,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -6,6 +6,8 @@ running. The protocol is JSON lines: the request `{"chunk": PATH, "results": PAT
 `limit_seconds` and the chunk takes longer, the process ends: an item that hangs must not block the chunks that follow.
 If it has `"progress": true`, lines like `{"progress": {"item": 3, "fraction": 0.5, "preview": BASE64 or null}}` come
 before the answer, when the service reports any.
+With `--pipes` it also takes chunks from named pipes, see `provider_image.pipes`; those are not interrupted, and have
+the limit of every chunk.
 A file lock in its folder ensures that only one process serves there. The system releases the lock when the process
 dies, so a socket that is found while holding the lock is stale. It must not serve other users: nobody else can access
 its folder.
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.errors import ChunkError, ConfigError, MalformedRequest, MlgError, WorkerDied
+from provider_image.pipes import ChunkPipes
 from provider_image.progress import REPORT_SECONDS, ProgressBoard
 from provider_image.runtime import NetCache, run_chunk
 from provider_image.runtime_paths import make_private_folder, socket_path
@@ -58,7 +61,13 @@ def _exclusive_lock(runtime_folder: Path) -> Iterator[None]:
 
 
 def serve(
-    runtime_folder: Path, nets: NetCache, *, idle_seconds: float, exit_with_stdin: bool, on_ready: Callable[[], None]
+    runtime_folder: Path,
+    nets: NetCache,
+    *,
+    idle_seconds: float,
+    exit_with_stdin: bool,
+    on_ready: Callable[[], None],
+    has_pipes: bool = False,
 ) -> None:
     """Serve until SIGTERM, SIGINT or `idle_seconds` without work; the current chunk is finished.
 
@@ -69,21 +78,34 @@ def serve(
     :param exit_with_stdin: exit immediately, even during a chunk, when standard input is closed. If the parent holds
         the other end of that pipe, this process does not outlive it, however it dies.
     :param on_ready: called when the socket accepts connections.
+    :param has_pipes: also take chunks from named pipes in the folder.
     :raises ConfigError: another process serves in the folder, or the folder cannot be used.
     """
     with _exclusive_lock(runtime_folder):
         path = socket_path(runtime_folder)
         make_private_folder(path.parent)
         path.unlink(missing_ok=True)  # stale, because this process holds the lock
+        pipes = _make_pipes(runtime_folder) if has_pipes else None
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             try:
                 listener.bind(str(path))
                 listener.listen(64)
                 if exit_with_stdin:
                     threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
-                _WarmServer(listener, path, nets, idle_seconds).run(on_ready)
+                _WarmServer(listener, path, nets, idle_seconds, pipes).run(on_ready)
             finally:
                 path.unlink(missing_ok=True)
+                if pipes is not None:
+                    pipes.close()
+
+
+def _make_pipes(runtime_folder: Path) -> ChunkPipes | None:
+    """Make the pipes; None where that is not possible, as on some file systems. Chunks then come by the socket only."""
+    try:
+        return ChunkPipes(runtime_folder)
+    except OSError as error:
+        logger.warning("no pipes for further chunks in %s: %s", runtime_folder, error)
+        return None
 
 
 def _exit_with_stdin(path: Path) -> None:
@@ -97,8 +119,10 @@ def _exit_with_stdin(path: Path) -> None:
 class _WarmServer:
     """A loop that accepts connections, a thread for each of them, and one thread that processes chunks in turn."""
 
-    def __init__(self, listener: socket.socket, path: Path, nets: NetCache, idle_seconds: float) -> None:
-        self._listener, self._path, self._nets = listener, path, nets
+    def __init__(
+        self, listener: socket.socket, path: Path, nets: NetCache, idle_seconds: float, pipes: ChunkPipes | None
+    ) -> None:
+        self._listener, self._path, self._nets, self._pipes = listener, path, nets, pipes
         self._idle_seconds = idle_seconds
         self._chunk_thread = ThreadPoolExecutor(1, thread_name_prefix="chunk")
         self._lock = threading.Lock()
@@ -118,6 +142,8 @@ class _WarmServer:
             signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
             for number in (signal.SIGTERM, signal.SIGINT):  # before on_ready, after which a signal may come
                 signal.signal(number, self._on_signal)
+            if self._pipes is not None:
+                threading.Thread(target=self._read_pipes, args=(self._pipes,), daemon=True).start()
             on_ready()
             limit = self._idle_seconds or None
             while not self._is_stopping and (limit is None or self._jobs or self._idle_for() < limit):
@@ -126,6 +152,8 @@ class _WarmServer:
                 self._accept()
             # No new connections can be made; those that were just made are still served.
             self._path.unlink(missing_ok=True)
+            if self._pipes is not None:
+                self._pipes.close()
             self._accept()
             self._active_at = time.monotonic()
             while self._jobs or (self._clients and self._idle_for() < (0 if self._is_stopping else _GRACE_SECONDS)):
@@ -152,6 +180,21 @@ class _WarmServer:
                 connection, _ = self._listener.accept()
                 self._count(clients=1)
                 threading.Thread(target=self._serve_client, args=(connection,), daemon=True).start()
+
+    def _read_pipes(self, pipes: ChunkPipes) -> None:
+        for chunk, results in pipes.read():
+            self._count(jobs=1)
+            self._chunk_thread.submit(self._run_queued, pipes, chunk, results)
+
+    def _run_queued(self, pipes: ChunkPipes, chunk: Path, results: Path) -> None:
+        try:
+            job = {"chunk": str(chunk), "results": str(results), "limit_seconds": MAX_CHUNK_SECONDS}
+            reply = self._run_job(json.dumps(job).encode(), None, ProgressBoard())
+            pipes.report(results, None if reply["ok"] else str(reply["reason"]))
+        except OSError as error:
+            logger.error("the end of a chunk cannot be reported: %s", error)
+        finally:
+            self._count(jobs=-1)
 
     def _serve_client(self, connection: socket.socket) -> None:
         try:
@@ -198,7 +241,7 @@ class _WarmServer:
             self._current = connection
             signal.setitimer(signal.ITIMER_REAL, limit_seconds)
 
-    def _run_job(self, line: bytes, connection: socket.socket, board: ProgressBoard) -> dict[str, Any]:
+    def _run_job(self, line: bytes, connection: socket.socket | None, board: ProgressBoard) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             if self._is_stopping:

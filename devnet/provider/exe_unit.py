@@ -71,6 +71,10 @@ class ExeUnit:
         self._load_image = load_image
         self._sandbox = Sandbox(activity_id, folder, environment=environment, cpus=cpus)
         self._fault_injector = FaultInjector(plan.name, faults)
+        #: Processor time of which a slow provider has waited for the longer one.
+        self._slowed_seconds = 0.0
+        #: The output files at the end of the last run; a process that it left behind may write more before the next.
+        self._outputs: dict[Path, tuple[int, int, int]] = {}
         self.state = "Initialized"
         #: Why the activity was terminated; None if it was not.
         self.reason: str | None = None
@@ -236,14 +240,18 @@ class ExeUnit:
         raise _ActivityTerminated("The exe-unit was killed.")
 
     async def _run_program(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
-        before = self._sandbox.list_outputs()
         started_at = time.monotonic()
         status = await self._sandbox.run(
             entry_point, arguments, on_stdout=streams["stdout"].write, on_stderr=streams["stderr"].write
         )
-        # All providers have the same processors; a slow one waits before it reports the end of the program.
-        await asyncio.sleep((time.monotonic() - started_at) * (1 / self._speed - 1))
+        if self._speed < 1:
+            # All providers have the same processors; a slow one waits before it reports the end of the program. What a
+            # process that an earlier run left behind has done since that run counts too.
+            seconds, work_before = time.monotonic() - started_at, self._slowed_seconds
+            self._slowed_seconds = self._sandbox.processes.cpu_seconds()
+            await asyncio.sleep(max(seconds, self._slowed_seconds - work_before) / self._speed - seconds)
         if status != 0:
             raise CommandFailed.from_exit_status(status)
-        changed = [path for path, file_stamp in self._sandbox.list_outputs().items() if before.get(path) != file_stamp]
-        self._fault_injector.corrupt(changed)
+        before, outputs = self._outputs, self._sandbox.list_outputs()
+        self._fault_injector.corrupt(path for path, file_stamp in outputs.items() if before.get(path) != file_stamp)
+        self._outputs = self._sandbox.list_outputs()

@@ -117,9 +117,12 @@ class Sandbox:
         return self._image.find_program(entry_point)
 
     def list_outputs(self) -> dict[Path, tuple[int, int, int]]:
-        """Return the regular files in the output volume -> inode, time of modification and size."""
+        """Return the regular files in the output volume -> inode, time of modification and size.
+
+        Hidden ones are left out: a program may be writing them.
+        """
         found = {}
-        for path in (self.golem_folder / "output").rglob("*"):
+        for path in (self.golem_folder / "output").rglob("[!.]*"):
             if path.is_file() and not path.is_symlink():
                 status = path.stat()
                 found[path] = (status.st_ino, status.st_mtime_ns, status.st_size)

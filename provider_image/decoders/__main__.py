@@ -95,8 +95,8 @@ def _receive_files(names: Sequence[str]) -> dict[str, BinaryIO]:
     return {name: os.fdopen(number, "rb") for name, number in zip(names, opened, strict=True)}
 
 
-def _resize(inputs: Mapping[str, bytes], **size: Any) -> dict[str, bytes]:
-    return {name: resize(each, **size) for name, each in inputs.items()}
+def _resize(inputs: Mapping[str, bytes], **options: Any) -> dict[str, bytes]:
+    return {name: resize(each, **options) for name, each in inputs.items()}
 
 
 def _thumbnail(inputs: Mapping[str, bytes], side: int) -> dict[str, bytes]:

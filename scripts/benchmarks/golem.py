@@ -7,9 +7,11 @@ Everything runs as a user runs it: `mlg devnet` in one process, `mlg batch` in a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import random
+import resource
 import sqlite3
 import subprocess
 import time
@@ -22,11 +24,14 @@ from typing import Any, NamedTuple
 
 import click
 
+from batcher.settings import SHRINK_CHOICES
 from scripts.benchmarks import photos, processes
 from scripts.benchmarks.keras_models import artefact_of
 from scripts.benchmarks.measuring import in_turns, medians, print_table, rounds_option, work_folder
 from scripts.benchmarks.stored_requests import add_images
 
+#: From linux/prctl.h.
+_PR_SET_CHILD_SUBREAPER = 36
 #: Provider -> fault: three of eight providers are faulty.
 FAULTS = {"gamma": "garbage", "epsilon": "die", "eta": "hang"}
 #: Kind of run -> executor, faults of the providers.
@@ -47,18 +52,25 @@ class BatchRun(NamedTuple):
     last_seconds: float
     #: From the last result to the end of the process.
     closing_seconds: float
+    #: Processor time of all processes, those of the devnet included, in milliseconds an image. Other work on the
+    #: machine changes it less than the rates.
+    cpu: float
     #: GLM paid.
     cost: Decimal
 
 
-def scenario(folder: Path, providers: int, faults: dict[str, str]) -> Path:
-    """Write a scenario file: providers with equal prices and one core each, some with a fault after two occasions."""
+def scenario(folder: Path, providers: int, faults: dict[str, str], *, latency: float = 0.0, rate: float = 0.0) -> Path:
+    """Write a scenario file: providers with equal prices and one core each, some with a fault after two occasions.
+
+    :param latency: seconds before each answer of a provider.
+    :param rate: of its transfers, in bytes a second; 0 is unlimited.
+    """
     from devnet.scenario import PROVIDER_NAMES
 
     text = ""
     for name in PROVIDER_NAMES[:providers]:
         text += f'[[providers]]\nname = "{name}"\nstart_price = 0.001\nprice_per_second = 0.00002\n'
-        text += "price_per_cpu_second = 0.00008\n"
+        text += f"price_per_cpu_second = 0.00008\nlatency_seconds = {latency}\nbytes_per_second = {rate}\n"
         if name in faults:
             text += f'[[providers.faults]]\nkind = "{faults[name]}"\nafter = 2\n'
     path = folder / "scenario.toml"
@@ -86,13 +98,30 @@ def query(home: Path, sql: str) -> list[Any]:
         return database.execute(sql).fetchall()
 
 
+def adopt_orphans() -> None:
+    """Become the parent of processes that children of this one leave behind, so that their time can be counted."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def reaped_seconds() -> float:
+    """Return the processor time of all processes that have ended and were waited for; waits for orphans."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            continue
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
-    """Run `mlg batch --once` on a home with requests, and read the measurements from its store."""
+    """Run `mlg batch --once` on a home with requests, and read the measurements from its store.
+
+    The processor time is that of the batcher alone; `main` adds that of the devnet.
+    """
     command = processes.mlg("batch", "--once", "--executor", executor, "--home", str(home))
-    started = time.time()
+    started, before = time.time(), reaped_seconds()
     with log.open("ab") as output:
         status = subprocess.run(command, stdout=output, stderr=output, env={**os.environ, **variables}).returncode
-    ended = time.time()
+    ended, cpu = time.time(), reaped_seconds() - before
     ((total,),) = query(home, "SELECT count(*) FROM requests")
     answered = query(home, "SELECT finished_at FROM requests WHERE state = 'done'")
     if status or len(answered) < total:
@@ -104,7 +133,8 @@ def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
     rows = [json.loads(line) for line in costs.stdout.splitlines()]
     cost = Decimal(next(row["paid"] for row in rows if row["by"] == "total"))
     first, last = min(times), max(times)
-    return BatchRun(total / last, total / max(1e-9, last - first), first, last, ended - started - last, cost)
+    steady_rate = total / max(1e-9, last - first)
+    return BatchRun(total / last, steady_rate, first, last, ended - started - last, 1000 * cpu / total, cost)
 
 
 def query_daemon(variables: dict[str, str], path: str) -> Any:
@@ -152,12 +182,27 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
 @click.option("--images", "count", default=2000, show_default=True, help="Number of images.")
 @click.option("--providers", default=8, show_default=True, help="Number of providers with one core each.")
 @click.option("--model", default="efficientnet_lite0", show_default=True, help="A Keras model gets seeded weights.")
-@click.option("--shrink", type=click.Choice(("auto", "off")), default="auto", show_default=True, help="For golem.")
+@click.option("--shrink", type=click.Choice(SHRINK_CHOICES), default="auto", show_default=True, help="For golem.")
+@click.option("--latency", default=0.0, show_default=True, help="Seconds before each answer of a provider.")
+@click.option(
+    "--bytes-per-second", "rate", default=0.0, show_default=True, help="Of a provider's transfers; 0: no limit."
+)
 @rounds_option(3)
 @click.option("--kills", default=50, show_default=True, help="Number of batchers to kill with SIGKILL.")
 @click.option("--seed", default=1, show_default=True, help="Seed of the times of the kills.")
-def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills: int, seed: int) -> None:
+def main(
+    count: int,
+    providers: int,
+    model: str,
+    shrink: str,
+    latency: float,
+    rate: float,
+    rounds: int,
+    kills: int,
+    seed: int,
+) -> None:
     """Measure the golem executor on a devnet. Example: scripts/bench golem --images 500 --kills 5"""
+    adopt_orphans()
     base, models = photos.photo_jpegs(), artefact_of(model).folder.parent
     settings = {"MLG_BUDGET_DAY": "100", "MLG_GOLEM_MAX_WORKERS": str(providers), "MLG_SHRINK": shrink}
     with work_folder() as folder:
@@ -173,8 +218,11 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
             add_images(home, photos.variants(base, count, turn * count), model)
             if executor == "local":
                 return batch(home, executor, log)
-            with devnet(folder, shared, scenario(folder, providers, faults)) as variables:
-                return batch(home, executor, log, **variables, **settings, MLG_CHUNK_TIMEOUT_SECONDS="60")
+            before = reaped_seconds()
+            plan = scenario(folder, providers, faults, latency=latency, rate=rate)
+            with devnet(folder, shared, plan) as variables:
+                found = batch(home, executor, log, **variables, **settings, MLG_CHUNK_TIMEOUT_SECONDS="60")
+            return found._replace(cpu=1000 * (reaped_seconds() - before) / count)
 
         shared = make_home("providers")
         if count and rounds:
@@ -189,13 +237,23 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
 def _print_runs(runs: dict[str, list[BatchRun]], title: str) -> None:
     rows = []
     for kind, each in runs.items():
-        rate, steady, first, _, closing, cost = medians(each)
-        rows.append([kind, *(f"{figure:.1f}" for figure in (rate, steady, first, closing)), f"{cost:.6f}"])
-    head = ("executor", "images/s", "from the first result on", "first result s", "last result to end s", "GLM")
+        rate, steady, first, _, closing, cpu, cost = medians(each)
+        rows.append([kind, *(f"{figure:.1f}" for figure in (rate, steady, first, closing, cpu)), f"{cost:.6f}"])
+    head = (
+        "executor",
+        "images/s",
+        "from the first result on",
+        "first result s",
+        "last result to end s",
+        "CPU ms",
+        "GLM",
+    )
     print_table(title, head, rows)
     local, no_faults, faulty = runs.values()
     rates = [(a.rate / b.rate, a.steady_rate / b.steady_rate) for a, b in zip(no_faults, local, strict=True)]
     prices = [(a.last_seconds / b.last_seconds, a.cost / b.cost) for a, b in zip(faulty, no_faults, strict=True)]
-    (rate, steady), (seconds, cost) = medians(rates), medians(prices)
+    works = [(a.cpu / b.cpu,) for a, b in zip(no_faults, local, strict=True)]
+    (rate, steady), (seconds, cost), (work,) = medians(rates), medians(prices), medians(works)
     click.echo(f"golem has {rate:.0%} of the local throughput, {steady:.0%} from the first result on")
+    click.echo(f"golem takes {work:.2f} times the processor time, starts included")
     click.echo(f"with faulty providers it takes {seconds:.2f} times as long and costs {cost:.2f} times as much")

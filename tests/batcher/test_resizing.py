@@ -32,6 +32,7 @@ from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from provider_image.chunk import ChunkItem, open_chunk, write_chunk
 from provider_image.errors import BadInput, ChunkTimeout, ConfigError, InferenceFailed, NotAnImage, WorkerDied
+from provider_image.images.headers import MAX_PIXELS, read_header
 from provider_image.images.resizing import resize as resize_image
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelFacts
@@ -387,11 +388,18 @@ def _written(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("choice", "is_remote", "is_resized"),
-    [("auto", False, False), ("auto", True, True), ("on", False, True), ("on", True, True), ("off", True, False)],
+    ("choice", "is_remote", "is_resized", "format"),
+    [
+        ("auto", False, False, None),
+        ("auto", True, True, "WEBP"),
+        ("on", False, True, "WEBP"),
+        ("on", True, True, "WEBP"),
+        ("off", True, False, None),
+        ("uncompressed", False, True, "BMP"),
+    ],
 )
 def test_auto_resizes_if_chunks_leave_this_machine(
-    harness: Any, choice: str, is_remote: bool, is_resized: bool
+    harness: Any, choice: str, is_remote: bool, is_resized: bool, format: str | None
 ) -> None:
     harness.clock = lambda: datetime.now(UTC)
     harness.executor.is_remote = is_remote
@@ -416,6 +424,7 @@ def test_auto_resizes_if_chunks_leave_this_machine(
 
     assert harness.executor.resized_flags == [is_resized]
     assert (harness.executor.images == [[GOOD]]) is not is_resized
+    assert format in (None, read_header(harness.executor.images[0][0], MAX_PIXELS).format)
     assert not [pid for pid in children(os.getpid()) if "provider_image.decoders" in command_line(pid)]
 
 

@@ -34,7 +34,7 @@ from provider_image.errors import ConfigError, MlgError
 
 log = logging.getLogger(__name__)
 
-#: Jobs under way for each worker: one that it runs and one that is packed and queued, so that it never waits.
+#: Jobs under way for each worker at least: one that it runs and one that is packed and queued, so that it never waits.
 JOBS_PER_WORKER = 2
 #: Size of an allocation, in GLM, when no budget is set.
 _DEFAULT_ALLOCATION = Decimal(10)
@@ -97,7 +97,9 @@ class GolemExecutor:
             session_task.result()  # raises a ConfigError; otherwise the task does not end
 
     def capacity(self, model: str) -> int:
-        return JOBS_PER_WORKER * self._settings.max_workers
+        # Those that it answers next, those that it computes meanwhile, and those that are packed and queued.
+        pipelined = 3 * self._timings.pipeline_chunks(self._parts.provider_records.speed(model, ""))
+        return max(JOBS_PER_WORKER, pipelined) * self._settings.max_workers
 
     def workers(self) -> int:
         return self._settings.max_workers

@@ -82,13 +82,12 @@ class JobQueue:
         self._waiting.insert(0 if is_retry else len(self._waiting), queued_job)
         self.notify()
 
-    def pop(self, model: str, provider_id: str) -> QueuedJob | None:
-        """Remove and return the oldest job that this provider may run; None if there is none."""
-        for queued_job in self.queued_jobs(model):
-            if provider_id not in queued_job.failed_on:
-                self._waiting.remove(queued_job)
-                return queued_job
-        return None
+    def pop(self, model: str, provider_id: str, *, limit: int = 1) -> list[QueuedJob]:
+        """Remove and return the oldest jobs that this provider may run, so many at most."""
+        found = [each for each in self.queued_jobs(model) if provider_id not in each.failed_on][: max(0, limit)]
+        for queued_job in found:
+            self._waiting.remove(queued_job)
+        return found
 
     def start_attempt(
         self, queued_job: QueuedJob, provider_id: str, *, stop: Callable[[], None], straggler_at: float

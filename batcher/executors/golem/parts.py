@@ -6,12 +6,14 @@ Made by `executor.py`; each part is described in its own module.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection, Iterable
 
 from batcher.executors import ExecutorContext, Job
 from batcher.executors.golem.job_queue import JobQueue
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.money import Money
 from batcher.executors.golem.provider_records import ProviderRecords
+from batcher.executors.golem.scripts.attempt import Attempt
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timings import GolemTimings
 from batcher.workspace import is_alive
@@ -34,13 +36,20 @@ class GolemParts:
         self.money = Money(context.store, self.ledger_writer, owner=context.owner, caps=settings.caps, timings=timings)
         self.provider_records = ProviderRecords(context.store.providers, settings, self.ledger_writer)
 
-    def chunk_seconds(self, job: Job, images_per_second: float | None) -> float:
-        """Return how long a chunk may take on a provider of this speed; None is an unknown one."""
+    def job_seconds(self, job: Job, images_per_second: float | None) -> float:
+        """Return how long a queued job may take on a provider of this speed; None is an unknown one."""
+        return self._seconds([(job, job.chunk.stat().st_size)], images_per_second)
+
+    def chunk_seconds(self, attempts: Iterable[Attempt], images_per_second: float | None) -> float:
+        """Return how long chunks that are sent together may take; None as above."""
+        return self._seconds([(each.queued_job.job, each.size_bytes) for each in attempts], images_per_second)
+
+    def _seconds(self, jobs: Collection[tuple[Job, int]], images_per_second: float | None) -> float:
         return self.timings.chunk_timeout(
-            items=job.items,
-            size_bytes=job.chunk.stat().st_size,
+            items=sum(job.items for job, _ in jobs),
+            size_bytes=sum(size for _, size in jobs),
             images_per_second=images_per_second,
-            max_seconds=job.timeout_seconds,
+            max_seconds=sum(job.timeout_seconds for job, _ in jobs),
         )
 
     def is_gone(self, batcher_id: str) -> bool:

@@ -11,6 +11,7 @@ from decimal import Decimal
 
 from batcher.backoff import Backoff
 from batcher.executors.golem.offers import Price
+from provider_image.schemas import MAX_ITEMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,12 @@ class GolemTimings:
     #: A chunk that takes this many times its expected duration, plus some seconds, gets a second attempt.
     straggler_factor: float = 3.0
     straggler_grace_seconds: float = 2.0
+    #: A script waits for the chunks that a provider computes in so many seconds, for one at least and so many at most.
+    #: As many are computed while the next script is on its way. A provider that takes longer than `ahead_seconds` for a
+    #: full chunk gets one at a time: it loses little between two of them, and another may be free sooner.
+    script_seconds: float = 2.0
+    max_script_chunks: int = 4
+    ahead_seconds: float = 10.0
     #: The slowest transfer that is waited for, in bytes per second; the time for it is added to all others.
     min_bytes_per_second: float = 200_000.0
 
@@ -147,6 +154,12 @@ class GolemTimings:
             max_seconds = min(max_seconds, expected)
         # Whatever the operator allows, it must fit into an agreement.
         return min(transfer + max_seconds, self.max_agreement_seconds / 2)
+
+    def pipeline_chunks(self, images_per_second: float | None) -> int:
+        """Return how many full chunks a script waits for; 0 for a provider that is slow or of unknown speed."""
+        if not images_per_second or MAX_ITEMS / images_per_second > self.ahead_seconds:
+            return 0
+        return max(1, min(self.max_script_chunks, int(self.script_seconds * images_per_second / MAX_ITEMS)))
 
     def straggler_seconds(self, *, items: int, images_per_second: float | None) -> float:
         """Return after how long an idle worker may try a chunk too; infinite if the speed is unknown."""

@@ -2,30 +2,39 @@
 
 Run by `worker_pool.py` when yapapi has an agreement and an activity. Deploys, then runs chunk after chunk from the job
 queue until it is idle for too long, something fails, or it is stopped. It always stops after a failure: the state
-of a failed activity is unknown, and further scripts would only queue behind the failed one.
+of a failed activity is unknown, and further scripts would only queue behind the failed one. What has arrived by then
+counts; the chunk that the provider was working on has failed, and those behind it go back to the queue.
+
+The first chunk is alone. Its answer tells how fast the provider is and whether its image takes several chunks at a
+time, see `scripts/commands.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batcher.errors import BudgetReached, GolemUnavailable, UntrueResults
+from batcher.errors import BudgetReached, UntrueResults
 from batcher.executors import AttemptBill, Outcome
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.money import Reservation
-from batcher.executors.golem.offers import THREADS
+from batcher.executors.golem.scripts.attempt import Attempt, accept_results, check_size
+from batcher.executors.golem.scripts.commands import add_chunk, add_chunks
+from batcher.executors.golem.scripts.failure import AttemptFailure, classify_error
 from batcher.executors.golem.timings import idle_seconds
 from batcher.executors.golem.yapapi_adapter import explain, stop_receiving
-from provider_image.errors import ChunkTimeout, MalformedResults, MlgError, WorkerDied
+from provider_image.errors import ChunkTimeout, MalformedResults, WorkerDied
+from provider_image.pipes import ACCEPTS_NEXT
+from store.amounts import split
 from store.errors import StoreError
 from store.rentals.ledger import ActivityRecord
 
@@ -34,15 +43,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Paths in the provider's container. They are the same for each chunk, so that its disk does not fill.
-_CHUNK, _RESULTS = "/golem/input/chunk.zip", "/golem/output/results.zip"
-#: A larger results file is rejected.
-_MAX_RESULTS_BYTES = 64 * 1024 * 1024
-_COPY_BYTES = 1024 * 1024
+#: A warm process of a provider that gets no chunk ends after five minutes.
+_WARM_SECONDS = 240.0
+#: Numbers for the files of chunks at the provider, more than it has chunks at once.
+_SLOTS = 64
 #: Limit for attempts of any kind, those that failed through this machine or the daemon included.
 _MAX_ATTEMPTS = 10
-#: What yapapi raises when it cannot make sense of what the daemon returned, which may be what the provider sent.
-_UNREADABLE = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
 #: How long a call that hangs is waited for when the worker ends.
 _HANGING_SECONDS = 2.0
 
@@ -53,19 +59,6 @@ def elapsed() -> float:
     It goes on while this machine is suspended, as the provider's does, and setting the system's time does not move it.
     """
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttemptFailure:
-    """Why an attempt failed."""
-
-    error: MlgError
-    #: True when the provider is at fault, or may be.
-    is_provider_fault: bool
-    #: True when the local file server can no longer be used.
-    is_file_server_fault: bool = False
-    #: True when the daemon responds, but its call for the activity failed: its own fault, or what the provider sent it.
-    is_unclear: bool = False
 
 
 class GolemWorker:
@@ -91,8 +84,8 @@ class GolemWorker:
         self.created_at = datetime.now(UTC)
         #: Seconds that the start took; None until it is ready.
         self.start_seconds: float | None = None
-        #: The job under way.
-        self.queued_job: QueuedJob | None = None
+        #: The chunks that the provider has, in the order in which it works on them.
+        self.attempts: list[Attempt] = []
         self.chunks = 0
         #: True: it takes no further chunk.
         self.is_stopping = False
@@ -106,20 +99,30 @@ class GolemWorker:
         self._ended: float | None = None
         #: For how long idling is paid for at a time, in seconds: this limit lets a small budget keep workers at all.
         self._cover_seconds = min(self._timings.cover_seconds, pool.parts.settings.start_seconds)
-        #: Where the results of the job under way arrive.
-        self._received: Path | None = None
-        #: Of the start or the job under way, on the monotonic clock.
+        #: Of the start or the script under way, on the monotonic clock.
         self._deadline: float | None = None
-        #: Cost attributed to its chunks so far.
+        #: Cost attributed to its chunks so far, and since when, on the monotonic clock, its time is not.
         self._attributed_cost = Decimal(0)
+        self._unattributed_since = 0.0
+        #: Whether its image takes several chunks at a time.
+        self._accepts_next = False
+        #: The attempts whose chunks were sent, and when a script ended last, by the clock of `elapsed`.
+        self._sent: set[Attempt] = set()
+        self._worked_at = 0.0
+        self._slot = 0
 
     def seconds(self) -> float:
         """Return how long it has been running, or ran."""
         return (self._ended if self._ended is not None else elapsed()) - self._started
 
+    @property
+    def queued_job(self) -> QueuedJob | None:
+        """The job that its provider works on; None if there is none."""
+        return self.attempts[0].queued_job if self.attempts else None
+
     def is_idle(self) -> bool:
         """Return whether it has started and runs no job."""
-        return self.queued_job is None and self.start_seconds is not None
+        return not self.attempts and self.start_seconds is not None
 
     def activity_record(self) -> ActivityRecord:
         """Return the record of its activity as it is now."""
@@ -135,24 +138,25 @@ class GolemWorker:
         """Run it to its end, and report every failure. Raises nothing but cancellation."""
         batches = asyncio.create_task(self._process(engine, job_id))
         aborting = asyncio.create_task(self.abort.wait())
+        failure: AttemptFailure | None = None
         try:
-            while not batches.done():
+            while not batches.done() and failure is None:
                 await asyncio.wait(
                     {batches, aborting}, timeout=self._poll_seconds(), return_when=asyncio.FIRST_COMPLETED
                 )
                 if batches.done() or self.abort.is_set():
                     break
                 if self._deadline is not None and time.monotonic() >= self._deadline + self._timings.overtime_seconds:
-                    late = AttemptFailure(error=ChunkTimeout("The provider does not respond."), is_provider_fault=True)
-                    self._report_failure(self._finish_attempt(), late, self.seconds())
+                    late = ChunkTimeout("The provider does not respond.")
+                    failure = AttemptFailure(error=late, is_provider_fault=True)
                     break
-                if self._received is not None and self._received.exists():
-                    try:
-                        _check_size(self._received)
-                    except MalformedResults as refusal:
-                        too_large = AttemptFailure(error=refusal, is_provider_fault=True)
-                        self._report_failure(self._finish_attempt(), too_large, self.seconds())
-                        break
+                try:
+                    for attempt in self.attempts:
+                        if attempt.received.exists():
+                            check_size(attempt.received)
+                except MalformedResults as refusal:
+                    failure = AttemptFailure(error=refusal, is_provider_fault=True)
+                    break
                 await self._cover_idling()
         finally:
             was_aborted = self.abort.is_set()
@@ -162,20 +166,21 @@ class GolemWorker:
             # A call that hangs is not waited for: its response is not needed.
             await asyncio.wait({batches, aborting}, timeout=_HANGING_SECONDS)
             self._ended = elapsed()
-            queued_job = self._finish_attempt()
             error = batches.exception() if batches.done() and not batches.cancelled() else None
-            if queued_job is not None or error is not None:
+            if failure is None and (self.attempts or error is not None):
                 reason = explain(error) if error is not None else "it was stopped"
                 # Stopped because a second attempt, begun later, was faster: this provider hangs or is far too slow.
-                outcome = None if queued_job is None else queued_job.outcome
-                is_superseded = was_aborted and outcome is not None and outcome.done() and not outcome.cancelled()
+                outcomes = [attempt.queued_job.outcome for attempt in self.attempts]
+                is_superseded = was_aborted and any(each.done() and not each.cancelled() for each in outcomes)
                 died = WorkerDied(f"The worker ended: {reason}.")
-                self._report_failure(queued_job, AttemptFailure(error=died, is_provider_fault=is_superseded), 0.0)
+                failure = AttemptFailure(error=died, is_provider_fault=is_superseded)
+            if failure is not None:
+                await self._end_attempts(failure)
 
     def _poll_seconds(self) -> float:
         """Return how long `run` may wait before it looks again at the time limit and the money."""
         until = [self._timings.idle_poll_seconds]
-        if self._received is not None:
+        if self.attempts:
             until.append(self._timings.receive_poll_seconds)
         if self._deadline is not None:
             until.append(self._deadline + self._timings.overtime_seconds - time.monotonic())
@@ -187,7 +192,7 @@ class GolemWorker:
 
     def _is_waiting(self) -> bool:
         """Return whether its provider has nothing to do but is paid: it is idle, or its results are being checked."""
-        is_checking = self.queued_job is not None and self._deadline is None
+        is_checking = bool(self.attempts) and self._deadline is None
         return self.is_idle() or (is_checking and not self.is_stopping)
 
     def _cover_left(self) -> float:
@@ -202,26 +207,36 @@ class GolemWorker:
         except BudgetReached as error:
             log.info("the worker of provider %s ends: %s", self.provider_name, error)
             self.is_stopping = True
-            if self.queued_job is None:
+            if not self.attempts:
                 self._pool.give_up_minimum()
                 self.abort.set()
         except StoreError as error:
             log.warning("cannot reserve money for provider %s: %s", self.provider_name, error)
-            if self.queued_job is None and self._cover_left() <= 0:
+            if not self.attempts and self._cover_left() <= 0:
                 self.abort.set()
 
-    def _bill(self, seconds: float) -> AttemptBill:
-        """Return what an attempt that ends now cost: all since the attempt before."""
-        total = self.price.max_cost(self.seconds())
-        cost, self._attributed_cost = total - self._attributed_cost, total
-        return AttemptBill(
-            provider=self.provider_name,
-            provider_id=self.provider_id,
-            agreement_id=self.agreement_id,
-            activity_id=self.activity_id,
-            seconds=seconds,
-            cost=cost,
-        )
+    def _attribute(self, attempts: Sequence[Attempt]) -> list[AttemptBill]:
+        """Divide what it cost since the last time over attempts that end now, by their items.
+
+        :return: a bill for each attempt; their costs add up exactly.
+        """
+        if not attempts:
+            return []
+        now, total = time.monotonic(), self.price.max_cost(self.seconds())
+        seconds, cost = max(0.0, now - self._unattributed_since), total - self._attributed_cost
+        self._unattributed_since, self._attributed_cost = now, total
+        items = [attempt.queued_job.job.items for attempt in attempts]
+        return [
+            AttemptBill(
+                provider=self.provider_name,
+                provider_id=self.provider_id,
+                agreement_id=self.agreement_id,
+                activity_id=self.activity_id,
+                seconds=seconds * own_items / sum(items),
+                cost=own_cost,
+            )
+            for own_items, own_cost in zip(items, split(cost, items), strict=True)
+        ]
 
     # Scripts
 
@@ -246,7 +261,7 @@ class GolemWorker:
             yield script
         except Exception as error:
             self._deadline = None
-            self._report_failure(None, _classify_error(error, "start"), time.monotonic() - started_at)
+            self._report_failure(None, classify_error(error, "start"), None, time.monotonic() - started_at)
             return
         self._deadline = None
         self.start_seconds = time.monotonic() - started_at
@@ -255,39 +270,28 @@ class GolemWorker:
         self.reservation.lower(self.reservation.covered_seconds - max(0.0, unused))
         self._pool.release_earlier_worker()
         log.info("provider %s is ready for %s after %.1f s", self.provider_name, self.model, self.start_seconds)
-        while True:
-            queued_job = await self._next_job()
-            if queued_job is None:
-                return
-            started_at = time.monotonic()
-            # Not named after the activity, whose id the provider chooses.
-            received = self._received = self._parts.context.work / f"{secrets.token_hex(8)}.part"
-            script, is_receiving = self._script(queued_job, received), True
+        while await self._begin_jobs():
+            script, awaited = self._script()
+            is_receiving = True
             try:
-                yield script
+                results = yield script
                 # Before the results are checked: they must not change afterwards.
                 await stop_receiving(engine, script)
                 # The provider has done its part: how long the check takes here is not held against it.
-                self._received, self._deadline, is_receiving = None, None, False
-                async with self._parts.checks:
-                    images = await asyncio.to_thread(_accept_results, received, queued_job)
+                self._deadline, is_receiving = None, False
+                self._worked_at = elapsed()
+                if not self._accepts_next:
+                    self._accepts_next = any(ACCEPTS_NEXT in (each.stdout or "") for each in await results)
+                refusal = await self._accept(awaited)
+                if refusal is not None:
+                    raise refusal
             except Exception as error:
-                self._finish_attempt()
-                failure = _classify_error(error, "run the chunk")
-                self._report_failure(queued_job, failure, time.monotonic() - started_at)
+                self._deadline = None
+                await self._end_attempts(classify_error(error, "run the chunk"))
                 return
             finally:
-                # Also when the worker is stopped.
-                self._received = None
-                received.unlink(missing_ok=True)
-                if is_receiving:
+                if is_receiving:  # also when the worker is stopped
                     await self._stop_receiving(engine, script)
-            self._finish_attempt()
-            self.chunks += 1
-            seconds = time.monotonic() - started_at
-            self._parts.provider_records.record_success(self, images=images, seconds=seconds)
-            queued_job.bills.append(self._bill(seconds))
-            queued_job.complete(Outcome(provider=self.provider_name, seconds=seconds))
 
     async def _stop_receiving(self, engine: Any, script: Any) -> None:
         try:
@@ -296,85 +300,208 @@ class GolemWorker:
         except Exception as error:
             log.info("the file server does not stop to receive from %s: %s", self.provider_name, explain(error))
 
-    def _script(self, queued_job: QueuedJob, received: Path) -> Any:
+    def _script(self) -> tuple[Any, list[Attempt]]:
+        """Make the next script. :return: it, and the chunks whose results it brings."""
         left = (self._deadline or time.monotonic()) - time.monotonic()
         script = self._yapapi_context.new_script(timeout=timedelta(seconds=max(0.1, left)))
-        script.upload_file(str(queued_job.job.chunk), _CHUNK)
-        script.run("/usr/local/bin/mlg-provider", "run", _CHUNK, _RESULTS, "--threads", str(THREADS))
-        script.download_file(_RESULTS, str(received))
-        return script
+        if not self._accepts_next:
+            add_chunk(script, self.attempts[0])
+            self._sent = {*self.attempts}
+            return script, list(self.attempts)
+        ahead = 0 if self.is_stopping else min(self._pipeline_chunks(), len(self.attempts) // 2)
+        awaited = self.attempts[: len(self.attempts) - ahead]
+        new = [attempt for attempt in self.attempts if attempt not in self._sent]
+        add_chunks(script, new=new, awaited=awaited, has_work=len(new) < len(self.attempts))
+        self._sent = {*self.attempts}
+        return script, awaited
+
+    async def _accept(self, attempts: Sequence[Attempt]) -> Exception | None:
+        """Take over the results of chunks. :return: why the first that could not be taken over were refused."""
+        refusal, accepted = None, list[tuple[Attempt, int]]()
+        try:
+            for attempt in attempts:
+                try:
+                    async with self._parts.checks:
+                        images = await asyncio.to_thread(accept_results, attempt.received, attempt.queued_job)
+                except Exception as error:
+                    refusal = refusal or error
+                    attempt.received.unlink(missing_ok=True)
+                else:
+                    accepted.append((attempt, images))
+        finally:
+            for (attempt, images), bill in zip(accepted, self._attribute([each for each, _ in accepted]), strict=True):
+                self._finish(attempt)
+                self.chunks += 1
+                self._parts.provider_records.record_success(self, images=images, seconds=bill.seconds)
+                attempt.queued_job.bills.append(bill)
+                attempt.queued_job.complete(Outcome(provider=self.provider_name, seconds=bill.seconds))
+        return refusal
+
+    async def _end_attempts(self, failure: AttemptFailure) -> None:
+        """End all attempts: take over what has arrived, fail the chunk that was worked on, give the others back."""
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._timings.cleanup_seconds):  # the provider is paid meanwhile
+                    await self._accept([attempt for attempt in self.attempts if attempt.has_arrived()])
+        finally:
+            # Also when this is cancelled: no job may be lost.
+            self._release_attempts(failure)
+
+    def _release_attempts(self, failure: AttemptFailure) -> None:
+        left = [*self.attempts]
+        for attempt in left:
+            self._finish(attempt)
+        for attempt in reversed(left[1:]):
+            # The provider had not begun it, so this was no attempt.
+            attempt.queued_job.attempts -= 1
+            if not attempt.queued_job.running_attempts:
+                self._parts.job_queue.put(attempt.queued_job, is_retry=True)
+        if left:
+            (bill,) = self._attribute(left[:1])
+            self._report_failure(left[0].queued_job, failure, bill, bill.seconds)
+        else:
+            self._report_failure(None, failure, None, 0.0)
 
     # Jobs
 
-    async def _next_job(self) -> QueuedJob | None:
-        """Wait for the next job, and begin it; None when the worker should end."""
-        job_queue = self._parts.job_queue
+    async def _begin_jobs(self) -> bool:
+        """Begin the next jobs, and wait for some if there are none under way. :return: False: the worker should end."""
         idle_since = time.monotonic()
         max_idle_seconds = idle_seconds(
             self.price, start_seconds=self.start_seconds or 0.0, max_seconds=self._parts.settings.idle_seconds
         )
-        while not self.is_stopping and self.demand.seconds_left() > self._timings.overtime_seconds:
-            queued_job = job_queue.pop(self.model, self.provider_id)
-            is_second_attempt = queued_job is None
-            queued_job = queued_job or job_queue.straggler(self.model, self.provider_id)
-            if queued_job is not None:
-                if await self._begin_attempt(queued_job, is_second_attempt=is_second_attempt):
-                    return queued_job
+        while True:
+            has_tried = False
+            if not self.is_stopping and self.demand.seconds_left() > self._timings.overtime_seconds:
+                has_tried = await self._take_jobs()
+            if self.attempts:
+                limit = self._parts.chunk_seconds(self.attempts, self._speed())
+                # What is reserved may be less, when nothing was begun now.
+                covered = self.reservation.covered_seconds - self.reservation.seconds()
+                self._deadline = time.monotonic() + min(limit, covered - self._timings.overtime_seconds)
+                return True
+            if has_tried:
                 continue
+            if self.is_stopping or self.demand.seconds_left() <= self._timings.overtime_seconds:
+                return False
             if time.monotonic() - idle_since > max_idle_seconds and not self._pool.is_retained():
-                return None
-            await job_queue.wait_for_change(min(self._timings.idle_poll_seconds, max(0.05, max_idle_seconds)))
-        return None
+                return False
+            await self._parts.job_queue.wait_for_change(
+                min(self._timings.idle_poll_seconds, max(0.05, max_idle_seconds))
+            )
 
-    async def _begin_attempt(self, queued_job: QueuedJob, *, is_second_attempt: bool) -> bool:
-        """Reserve what a job may cost, and begin it. :return: False: it is back in the queue, or over."""
-        job, job_queue = queued_job.job, self._parts.job_queue
-        speed = self._parts.provider_records.speed(self.model, self.provider_id)
-        seconds = self._parts.chunk_seconds(job, speed)
-        if seconds + self._timings.overtime_seconds > self.demand.seconds_left():
-            # The provider would end the agreement before the chunk; a worker of the next demand takes it.
-            self.is_stopping = True
-            if not is_second_attempt:
-                job_queue.put(queued_job, is_retry=True)
-            return False
+    async def _take_jobs(self) -> bool:
+        """Begin as many jobs as its provider should have now. :return: whether there were any."""
+        job_queue = self._parts.job_queue
+        if not self.attempts and elapsed() - self._worked_at > _WARM_SECONDS:
+            self._accepts_next = False  # its warm process may have ended; the next chunk is alone and starts it again
+        queued_jobs = job_queue.pop(self.model, self.provider_id, limit=self._wanted_jobs())
+        if queued_jobs:
+            await self._begin(queued_jobs, is_second_attempt=False)
+            return True
+        straggler = None if self.attempts else job_queue.straggler(self.model, self.provider_id)
+        if straggler is not None:
+            await self._begin([straggler], is_second_attempt=True)
+        return straggler is not None
+
+    def _wanted_jobs(self) -> int:
+        """Return how many jobs it should take: its share of those that wait, and not more than are done soon."""
+        chunks = self._pipeline_chunks()
+        if chunks == 0:
+            return 0 if self.attempts else 1
+        waiting = len(self._parts.job_queue.queued_jobs(self.model))
+        share = math.ceil(waiting / max(1, sum(not worker.is_stopping for worker in self._pool.workers)))
+        return min(share, 2 * chunks - len(self.attempts))
+
+    def _pipeline_chunks(self) -> int:
+        """Return how many chunks a script waits for, and as many are under way behind them; 0: one chunk at a time."""
+        return self._timings.pipeline_chunks(self._speed()) if self._accepts_next else 0
+
+    def _speed(self) -> float | None:
+        return self._parts.provider_records.speed(self.model, self.provider_id)
+
+    async def _begin(self, queued_jobs: Sequence[QueuedJob], *, is_second_attempt: bool) -> None:
+        """Reserve what jobs may cost, together with those under way, and begin them; others go back, or are over."""
+        job_queue, speed = self._parts.job_queue, self._speed()
         try:
-            await self.reservation.extend(self.reservation.seconds() + seconds + self._timings.overtime_seconds)
+            attempts = [self._new_attempt(queued_job) for queued_job in queued_jobs]
+            seconds = self._parts.chunk_seconds([*self.attempts, *attempts], speed) + self._timings.overtime_seconds
+            is_too_much = seconds > self.demand.seconds_left()
+            if not is_too_much:
+                await self.reservation.extend(self.reservation.seconds() + seconds)
         except BudgetReached as error:
-            self.is_stopping = True
-            if not is_second_attempt:
-                queued_job.complete(Outcome.not_run(error))
-            job_queue.fail_all(error, model=self.model)
-            return False
+            if len(queued_jobs) == 1:
+                self.is_stopping = True
+                if not is_second_attempt:
+                    queued_jobs[0].complete(Outcome.not_run(error))
+                job_queue.fail_all(error, model=self.model)
+                return
+            is_too_much = True
         except BaseException as error:
-            # Also when the worker is stopped meanwhile: the job must not be lost.
+            # Also when the worker is stopped meanwhile: the jobs must not be lost.
             if not is_second_attempt:
-                job_queue.put(queued_job, is_retry=True)
+                self._put_back(queued_jobs)
             if not isinstance(error, StoreError):
                 raise
             log.warning("cannot reserve money for a chunk, trying again: %s", error)
             await asyncio.sleep(self._timings.idle_poll_seconds)
-            return False
+            return
+        if not is_too_much:
+            for attempt in attempts:
+                self._start_attempt(attempt, speed, is_second_attempt=is_second_attempt)
+        elif len(queued_jobs) > 1:
+            # One of them may be possible.
+            self._put_back(queued_jobs[1:])
+            await self._begin(queued_jobs[:1], is_second_attempt=is_second_attempt)
+        else:
+            # The provider would end the agreement before the chunk; a worker of the next demand takes it.
+            self.is_stopping = True
+            if not is_second_attempt:
+                self._put_back(queued_jobs)
+
+    def _put_back(self, queued_jobs: Sequence[QueuedJob]) -> None:
+        for queued_job in reversed(queued_jobs):
+            self._parts.job_queue.put(queued_job, is_retry=True)
+
+    def _new_attempt(self, queued_job: QueuedJob) -> Attempt:
+        self._slot = (self._slot + 1) % _SLOTS
+        return Attempt(
+            queued_job=queued_job,
+            size_bytes=queued_job.job.chunk.stat().st_size,
+            received=self._parts.context.work / f"{secrets.token_hex(8)}.part",
+            slot=self._slot,
+        )
+
+    def _start_attempt(self, attempt: Attempt, speed: float | None, *, is_second_attempt: bool) -> None:
+        queued_job, job_queue = attempt.queued_job, self._parts.job_queue
         # Meanwhile it may have ended, or another worker may have begun a second attempt.
         is_still_late = not is_second_attempt or job_queue.straggler(self.model, self.provider_id) is queued_job
         if queued_job.outcome.done() or not is_still_late:
-            return False
+            return
         now = time.monotonic()
-        self.queued_job, self._deadline = queued_job, now + seconds
-        straggler_at = now + self._timings.straggler_seconds(items=job.items, images_per_second=speed)
+        if not self.attempts:
+            self._unattributed_since = now
+        self.attempts.append(attempt)
+        # The provider works on one after the other.
+        items = sum(each.queued_job.job.items for each in self.attempts)
+        straggler_at = now + self._timings.straggler_seconds(items=items, images_per_second=speed)
         job_queue.start_attempt(queued_job, self.provider_id, stop=self.abort.set, straggler_at=straggler_at)
-        if job.on_start is not None:
-            job.on_start()
-        return True
+        if queued_job.job.on_start is not None:
+            queued_job.job.on_start()
 
-    def _finish_attempt(self) -> QueuedJob | None:
-        """End the attempt under way. :return: its job."""
-        queued_job, self.queued_job, self._deadline = self.queued_job, None, None
-        if queued_job is not None:
-            self._parts.job_queue.finish_attempt(queued_job, self.provider_id)
-        return queued_job
+    def _finish(self, attempt: Attempt) -> None:
+        """End an attempt."""
+        self.attempts.remove(attempt)
+        self._parts.job_queue.finish_attempt(attempt.queued_job, self.provider_id)
+        attempt.received.unlink(missing_ok=True)
 
-    def _report_failure(self, queued_job: QueuedJob | None, failure: AttemptFailure, seconds: float) -> None:
-        """Decide what follows from a failure of the start, or of an attempt that is finished."""
+    def _report_failure(
+        self, queued_job: QueuedJob | None, failure: AttemptFailure, bill: AttemptBill | None, seconds: float
+    ) -> None:
+        """Decide what follows from a failure of the start, or of an attempt that is finished.
+
+        :param bill: what the attempt cost; None for a start.
+        """
         is_over = queued_job is not None and queued_job.outcome.done()
         if is_over and not failure.is_provider_fault:
             return  # stopped because it is no longer needed, which is no failure
@@ -389,9 +516,9 @@ class GolemWorker:
             self._parts.provider_records.record_failure(self, queued_job, failure.error.reason, seconds)
             if queued_job is not None and isinstance(failure.error, UntrueResults):
                 queued_job.proven_wrong.add(self.provider_id)
-        if queued_job is None or is_over:
+        if queued_job is None or bill is None or is_over:
             return
-        queued_job.bills.append(self._bill(seconds))
+        queued_job.bills.append(bill)
         queued_job.last_outcome = Outcome(
             provider=self.provider_name,
             seconds=seconds,
@@ -405,58 +532,3 @@ class GolemWorker:
             queued_job.complete(queued_job.last_outcome)
         else:
             self._parts.job_queue.put(queued_job, is_retry=True)
-
-
-def _accept_results(received: Path, queued_job: QueuedJob) -> int:
-    """Check a downloaded results file and move it to its place. :raises MlgError: it does not answer this chunk.
-
-    A copy is checked: gftp may still write what the provider sent at the end of the transfer.
-
-    :return: the number of items that it answers.
-    """
-    size = _check_size(received)
-    copy = received.with_name(f"copy-{received.name}")
-    try:
-        with received.open("rb") as source, copy.open("wb") as target:
-            for _ in range(0, size, _COPY_BYTES):
-                target.write(source.read(_COPY_BYTES))
-        images = queued_job.job.items if queued_job.job.check is None else queued_job.job.check(copy)
-        if not queued_job.outcome.done():  # otherwise another attempt was faster
-            copy.replace(queued_job.job.results)
-    finally:
-        copy.unlink(missing_ok=True)
-    return images
-
-
-def _check_size(received: Path) -> int:
-    size = received.stat().st_size
-    if size > _MAX_RESULTS_BYTES:
-        raise MalformedResults(f"The results file has {size} bytes, more than the {_MAX_RESULTS_BYTES} allowed.")
-    return size
-
-
-def _classify_error(error: Exception, what: str) -> AttemptFailure:
-    """Return what an exception of yapapi means, and whose fault it is. :param what: the step that failed, as a verb."""
-    name, status = type(error).__name__, getattr(error, "status", None)
-    if isinstance(error, MlgError):
-        found = error
-    elif name == "BatchTimeoutError":
-        found = ChunkTimeout(f"The provider did not {what} in time.")
-    elif name == "CommandExecutionError":
-        message = " ".join(f"{getattr(error, 'message', '') or ''} {getattr(error, 'stderr', '') or ''}".split())
-        found = WorkerDied(f"The provider could not {what}: {message[:400]}")
-    elif name == "BatchError":
-        parts = " ".join(str(each) for each in error.args if each)
-        found = WorkerDied(f"The provider ended the activity: {parts[:300]}")
-    elif name in ("ProtocolError", "TransportError", "JSONDecodeError", "BrokenPipeError") or (
-        "gftp" in str(error) and status is None  # what the daemon answers may quote the provider
-    ):
-        broken = GolemUnavailable(f"The file server gftp failed: {explain(error)}. It is restarted.")
-        return AttemptFailure(error=broken, is_provider_fault=False, is_file_server_fault=True)
-    elif isinstance(error, FileNotFoundError):
-        found = MalformedResults(f"The results file was not downloaded: {error.strerror}.")
-    else:
-        failed = GolemUnavailable(f"A call to the Golem daemon failed: {explain(error)}.")
-        is_unclear = status not in (None, 401) or isinstance(error, _UNREADABLE)
-        return AttemptFailure(error=failed, is_provider_fault=False, is_unclear=is_unclear)
-    return AttemptFailure(error=found, is_provider_fault=True)

@@ -108,7 +108,7 @@ class WorkerPool:
             self._wanted_since = None
             return
         for each in self.parts.job_queue.queued_jobs(self.model):
-            self._chunk_seconds = max(self._chunk_seconds, self.parts.chunk_seconds(each.job, None))
+            self._chunk_seconds = max(self._chunk_seconds, self.parts.job_seconds(each.job, None))
         lead = self._timings.renewal_lead(
             start_seconds=self.parts.settings.start_seconds, chunk_seconds=self._chunk_seconds
         )
@@ -428,7 +428,7 @@ class WorkerPool:
         speeds = [self.parts.provider_records.speed(self.model, id) for id in provider_ids]
         slowest = min((speed for speed in speeds if speed is not None), default=None)
         queued_jobs = self.parts.job_queue.queued_jobs(self.model)
-        return max((self.parts.chunk_seconds(each.job, slowest) for each in queued_jobs), default=self._chunk_seconds)
+        return max((self.parts.job_seconds(each.job, slowest) for each in queued_jobs), default=self._chunk_seconds)
 
     async def _run_worker(self, demand: PublishedDemand, has_activity: asyncio.Event, yapapi_context: Any) -> bool:
         """Run a worker. yapapi calls this with its WorkContext of an activity, which it destroys at the end."""

@@ -34,7 +34,7 @@ def test_a_job_that_nobody_waits_for_is_not_queued(is_closed: bool, is_retry: bo
         queue.put(answered, is_retry=is_retry)
 
         assert queue._waiting == []
-        assert queue.pop("resnet50", "0xa1fa") is None
+        assert queue.pop("resnet50", "0xa1fa") == []
         assert answered.outcome.result() == outcome and cancelled.outcome.cancelled()
 
     asyncio.run(main())

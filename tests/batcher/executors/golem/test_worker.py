@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import threading
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ import pytest
 from batcher.errors import BudgetReached, GolemUnavailable
 from batcher.executors import Job
 from batcher.executors.golem.job_queue import JobQueue, QueuedJob
+from batcher.executors.golem.scripts.attempt import Attempt, accept_results
+from batcher.executors.golem.scripts.failure import AttemptFailure, classify_error
 from batcher.executors.golem.timings import GolemTimings
-from batcher.executors.golem.worker import GolemWorker, _accept_results, _classify_error
+from batcher.executors.golem.worker import GolemWorker, elapsed
 from provider_image.errors import MalformedResults
 
 
@@ -39,7 +42,7 @@ async def test_what_gftp_still_writes_after_the_check_does_not_change_the_result
             timeout_seconds=60,
             check=check,
         )
-        _accept_results(received, QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future()))
+        accept_results(received, QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future()))
         gftp.write(b"evil")
 
     assert results.read_bytes() == seen[0] == b"good" * 500_000
@@ -62,7 +65,7 @@ async def test_results_that_fail_the_check_leave_nothing(tmp_path: Path) -> None
         check=check,
     )
     with pytest.raises(MalformedResults):
-        _accept_results(received, QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future()))
+        accept_results(received, QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future()))
 
     assert list(tmp_path.iterdir()) == [received]
 
@@ -75,10 +78,10 @@ def api_exception(status: int, message: str) -> Exception:
 
 
 def test_what_the_daemon_quotes_of_a_provider_is_no_failure_of_the_file_server() -> None:
-    failure = _classify_error(api_exception(500, "Remote service error: gftp: no such file"), "run the chunk")
+    failure = classify_error(api_exception(500, "Remote service error: gftp: no such file"), "run the chunk")
 
     assert not failure.is_file_server_fault
-    assert _classify_error(RuntimeError("gftp ended"), "run the chunk").is_file_server_fault
+    assert classify_error(RuntimeError("gftp ended"), "run the chunk").is_file_server_fault
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_what_the_daemon_quotes_of_a_provider_is_no_failure_of_the_file_server()
     ],
 )
 def test_a_failed_call_is_unclear_if_the_daemon_responds(error: Exception, is_unclear: bool) -> None:
-    failure = _classify_error(error, "run the chunk")
+    failure = classify_error(error, "run the chunk")
 
     assert (failure.is_provider_fault, failure.is_unclear) == (False, is_unclear)
     assert isinstance(failure.error, GolemUnavailable)
@@ -104,7 +107,7 @@ def test_results_that_never_came_are_the_fault_of_the_provider(tmp_path: Path) -
     with pytest.raises(FileNotFoundError) as caught:
         (tmp_path / "received.part").stat()
 
-    assert _classify_error(caught.value, "run the chunk").is_provider_fault
+    assert classify_error(caught.value, "run the chunk").is_provider_fault
 
 
 class FakeReservation:
@@ -133,7 +136,7 @@ async def test_money_is_reserved_while_results_are_checked_until_the_budget_deni
     worker = GolemWorker(
         pool, Any, SimpleNamespace(provider_id="0xa1fa", _agreement=SimpleNamespace(id="ag1"), id="ac1"), reservation
     )
-    worker.start_seconds, worker.queued_job = 1.0, Any
+    worker.start_seconds, worker.attempts = 1.0, [Any]
 
     worker._deadline = 1.0
     await worker._cover_idling()
@@ -164,7 +167,7 @@ async def test_results_are_received_in_the_own_folder_whatever_the_activity_is_c
         settings=SimpleNamespace(start_seconds=10.0, idle_seconds=10.0),
         context=SimpleNamespace(work=tmp_path / "work"),
         job_queue=job_queue,
-        chunk_seconds=lambda job, speed: 60.0,
+        chunk_seconds=lambda attempts, speed: 60.0,
         provider_records=SimpleNamespace(speed=lambda model, provider_id: None),
     )
     script = SimpleNamespace(
@@ -190,3 +193,80 @@ async def test_results_are_received_in_the_own_folder_whatever_the_activity_is_c
 
     (target,) = downloads
     assert (Path(target).parent, Path(target).suffix) == (tmp_path / "work", ".part")
+
+
+@pytest.mark.parametrize(("idle_seconds", "is_trusted"), [(200.0, True), (250.0, False)])
+async def test_after_a_pause_a_chunk_is_sent_that_starts_the_warm_process_again(
+    idle_seconds: float, is_trusted: bool
+) -> None:
+    records = SimpleNamespace(speed=lambda model, provider_id: 100.0)
+    parts = SimpleNamespace(
+        timings=GolemTimings(),
+        settings=SimpleNamespace(start_seconds=10.0),
+        job_queue=JobQueue(),
+        provider_records=records,
+    )
+    pool: Any = SimpleNamespace(model="vgg16", parts=parts, workers=set())
+    activity = SimpleNamespace(provider_id="0xa1fa", _agreement=SimpleNamespace(id="ag1"), id="ac1")
+    reservation: Any = FakeReservation()
+    worker = GolemWorker(pool, Any, activity, reservation)
+    worker._accepts_next, worker._worked_at = True, elapsed() - idle_seconds
+
+    await worker._take_jobs()
+
+    assert worker._accepts_next == is_trusted
+
+
+async def test_no_job_is_lost_when_a_worker_is_cancelled_while_it_takes_over_results(tmp_path: Path) -> None:
+    has_begun, may_end, queue = asyncio.Event(), threading.Event(), JobQueue()
+    loop = asyncio.get_running_loop()
+
+    def check(path: Path) -> int:
+        if path.read_bytes() == b"slow":
+            loop.call_soon_threadsafe(has_begun.set)
+            may_end.wait(60)
+        return 1
+
+    queued_jobs, attempts = [], []
+    for number, data in enumerate((b"quick", b"slow", b"")):
+        received, chunk = tmp_path / f"{number}.part", tmp_path / f"{number}.zip"
+        received.write_bytes(data)
+        job = Job(
+            chunk_id=f"c{number}",
+            model="vgg16",
+            items=1,
+            chunk=chunk,
+            results=chunk.with_suffix(".results"),
+            timeout_seconds=60,
+            check=check,
+        )
+        queued_jobs.append(QueuedJob(job=job, outcome=loop.create_future(), attempts=1))
+        attempts.append(Attempt(queued_job=queued_jobs[-1], size_bytes=1, received=received, slot=number))
+    records = SimpleNamespace(record_success=lambda *_, **__: None)
+    parts = SimpleNamespace(
+        timings=GolemTimings(),
+        settings=SimpleNamespace(start_seconds=10.0, attempts=3),
+        job_queue=queue,
+        checks=asyncio.Semaphore(1),
+        provider_records=records,
+    )
+    reservation: Any = FakeReservation()
+    reservation.price.max_cost = lambda seconds: Decimal("0.3")
+    pool: Any = SimpleNamespace(model="vgg16", parts=parts)
+    activity = SimpleNamespace(provider_id="0xa1fa", _agreement=SimpleNamespace(id="ag1"), id="ac1")
+    worker = GolemWorker(pool, Any, activity, reservation)
+    worker.attempts = attempts
+    stopped = AttemptFailure(error=GolemUnavailable("It was stopped."), is_provider_fault=False)
+
+    ending = asyncio.create_task(worker._end_attempts(stopped))
+    await has_begun.wait()
+    ending.cancel()
+    await asyncio.wait({ending})
+    may_end.set()
+
+    quick, slow, unbegun = queued_jobs
+    assert quick.outcome.result().provider == "alpha" and quick.job.results.read_bytes() == b"quick"
+    assert queue.queued_jobs() == [slow, unbegun]
+    assert (slow.attempts, unbegun.attempts) == (1, 0), "only one of them had been begun"
+    assert [len(each.bills) for each in queued_jobs] == [1, 1, 0]
+    assert worker.attempts == []
