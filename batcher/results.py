@@ -29,6 +29,7 @@ from provider_image.errors import (
     UnknownModel,
 )
 from provider_image.models.artefact import Artefact, find_artefact
+from provider_image.models.quickest import find_copies
 from provider_image.service import Output, check_files, check_params, media_type_of
 from provider_image.services import load_service
 from store.files import NewFile
@@ -40,9 +41,6 @@ ITEM_BACKOFF = Backoff(first_seconds=1.0, max_seconds=16.0, factor=4.0)
 UNAVAILABLE_RETRY_SECONDS = 30.0
 #: Errors of the model, not of the items: other chunks of the model would fail the same way.
 MODEL_ERRORS = (NotInstalled, ModelError, UnknownModel, ExecutorUnavailable)
-#: The precision that is asked of workers that are not trusted.
-_REMOTE_PRECISION = "f32"
-
 #: Tries on this machine whether the model can take the inputs of an item: chunk file, number -> None, or why not.
 #: :raises ResizingUnavailable: that cannot be tried now.
 TryItem = Callable[[Path, int], MlgError | None]
@@ -111,12 +109,18 @@ def resolve_chunk(
         return replace(resolved, failures=(failure,))
     try:
         artefact = find_artefact(models, packed.planned.model)
-        results = _read(packed, artefact, packed.results)
+        # Workers of this machine may have taken a quicker copy. What strangers send has passed `check_results`.
+        copies = find_copies(models, artefact)
+        results = _read(packed, artefact, packed.results, copies)
     except (MalformedResults, *MODEL_ERRORS) as error:
         failed = Outcome(provider=outcome.provider, seconds=outcome.seconds, error=error)
         return resolve_failed_chunk(packed.items, failed, is_stopping=is_stopping)
     answers: list[Answer] = []
     failures: list[ClaimFailure] = []
+    computed_by = next(each for each in (artefact, *copies) if each.digest == results.digest)
+    # An answer in another precision is none to later requests, which look for the artefact's digest.
+    suffix = "" if results.precision == computed_by.computes_in else f"-{results.precision}"
+    digest = f"{computed_by.digest}{suffix}"
     delay = 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
     for item, result in zip(packed.items, results.items, strict=True):
         try:
@@ -128,7 +132,7 @@ def resolve_chunk(
         except MlgError as error:
             failures.append(_item_failure(item, error))
         else:
-            answers += _answers(packed, item, result, artefact, results.precision, outcome)
+            answers += _answers(packed, item, result, digest, outcome)
     items_done = len(packed.items) - len(failures)
     return ChunkOutcome(answers=tuple(answers), failures=tuple(failures), items_done=items_done)
 
@@ -166,8 +170,8 @@ def check_results(packed: PackedChunk, models: Path, try_item: TryItem, results:
     except MODEL_ERRORS:
         return 0  # missing here, which is not the provider's fault; `resolve_chunk` says so
     found = _read(packed, artefact, results)
-    if found.precision != _REMOTE_PRECISION:
-        raise UntrueResults(f"The results were computed in {found.precision}, not in {_REMOTE_PRECISION}.")
+    if found.precision != artefact.computes_in:
+        raise UntrueResults(f"The results were computed in {found.precision}, not in {artefact.computes_in}.")
     for item, result in zip(packed.items, found.items, strict=True):
         if result.error is None:
             _check_item(packed.planned.service, artefact, item, result)
@@ -200,11 +204,19 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     return ChunkOutcome(failures=tuple(failures if failed else ()), error=error, is_model_unusable=is_model_unusable)
 
 
-def _read(packed: PackedChunk, artefact: Artefact, results: Path) -> Results:
-    """Read a results file. :param artefact: the one that must have answered."""
+def _read(packed: PackedChunk, artefact: Artefact, results: Path, copies: Sequence[Artefact] = ()) -> Results:
+    """Read a results file. :param artefact: the one that must have answered, or one of its copies."""
     numbers, outputs = range(len(packed.items)), load_service(packed.planned.service).outputs
     max_bytes = {name: one.max_bytes for name, one in outputs.items()}
-    return read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest, max_bytes=max_bytes)
+    return read_results(
+        results,
+        packed.chunk_id,
+        packed.planned.model,
+        numbers,
+        artefact.digest,
+        other_digests=[copy.digest for copy in copies],
+        max_bytes=max_bytes,
+    )
 
 
 def _untrue(error: MlgError) -> UntrueResults:
@@ -229,9 +241,7 @@ def _check_item(service_name: str, artefact: Artefact, item: PlannedItem, result
         raise MalformedResults(f"The output cannot be checked ({type(error).__name__}: {error}).") from error
 
 
-def _answers(
-    packed: PackedChunk, item: PlannedItem, result: ItemResult, artefact: Artefact, precision: str, outcome: Outcome
-) -> list[Answer]:
+def _answers(packed: PackedChunk, item: PlannedItem, result: ItemResult, digest: str, outcome: Outcome) -> list[Answer]:
     outputs = load_service(packed.planned.service).outputs
     files = {
         name: NewFile(data=data, media_type=media_type_of(outputs[name], data)) for name, data in result.files.items()
@@ -241,8 +251,7 @@ def _answers(
             claim=claim,
             output=result.output,
             files=files,
-            # An answer in another precision is none to later requests, which look for the artefact's digest.
-            digest=artefact.digest if precision == _REMOTE_PRECISION else f"{artefact.digest}-{precision}",
+            digest=digest,
             chunk_id=packed.chunk_id,
             provider=outcome.provider or "unknown",
             seconds=min(result.seconds, outcome.seconds),

@@ -17,6 +17,7 @@ import click
 from cli.options import environment, file_option, home_option
 from provider_image.errors import CompilerMissing, ConfigError, MlgError, NotInstalled
 from provider_image.models.artefact import installed_digest
+from provider_image.precision import REDUCED, TOLERANCE_BF16
 from store.settings import HomeSettings
 
 if TYPE_CHECKING:
@@ -54,6 +55,24 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     type=click.FloatRange(0, 1),
     metavar="P",
     help="Store weights as f16, half the size, if no result differs by more than P. [default: 0.0001]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(REDUCED),
+    help="Install a copy of each classifier, MODEL_bf16 or MODEL_int8, that computes in this precision, if its answers "
+    "are nearly those of f32. Needs --calibrate, and int8 the extra [quantise].",
+)
+@file_option(
+    "--calibrate",
+    "With --precision: photos such as the model is for, best 1,500 or more. int8 is calibrated with a quarter of them, "
+    "at most 300; the others judge the copy.",
+    metavar="FOLDER",
+)
+@click.option(
+    "--within",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help=f"With --precision: the most that a probability may differ on a photo. [default: {TOLERANCE_BF16:g}]",
 )
 @click.argument("names", nargs=-1, required=True, metavar="MODEL|all...")
 @file_option(
@@ -121,6 +140,9 @@ def compile_models(
     out: Path | None,
     again: bool,
     f16_within: float | None,
+    precision: str | None,
+    calibrate: Path | None,
+    within: float | None,
     names: Sequence[str],
     labels: Path | None,
     **custom: Any,
@@ -131,6 +153,11 @@ def compile_models(
     installed. efficientnet_lite0 and texture need neither an extra nor a download. Vision transformers need no extra,
     but the folder of their weights. `all` are all models of the catalogue, without embeddings, and without vision
     transformers whose folder is not there.
+
+    With --precision, a copy of an installed classifier is installed beside it, which is quicker on many processors. It
+    is judged with your photos: on at least 99 % of them its first label must be that of the model, and no probability
+    may differ by more than --within. Otherwise it is not installed, and the figures are shown. With
+    MLG_PRECISION=fastest workers take the quickest; MODEL_int8 can also be named in requests. Photos are not stored.
 
     MODEL_embedding is the model without its last layer, which returns a vector. It is built from the installed model;
     one of the catalogue that is not installed yet is compiled before.
@@ -149,6 +176,7 @@ def compile_models(
       mlg models compile my_birds --huggingface ~/vit-birds
       mlg models compile resnet50 --labels german.tsv
       mlg models compile my_pets_embedding
+      mlg models compile my_pets --precision int8 --calibrate photos/
     """
     variables = environment()
     settings = HomeSettings.from_env(variables)
@@ -157,6 +185,9 @@ def compile_models(
     from provider_image.models.registry import find_row
 
     models = (out or settings.models).absolute()
+    reducing = _reducing(precision, calibrate, within)
+    if reducing is not None and (labels is not None or f16_within is not None or any(custom.values())):
+        raise click.UsageError("--precision is for an installed model: build that first, without --precision.")
     custom_model = _custom_model(names, weights, labels=labels, **custom)
     if custom_model is not None:
         from store.pipelines.folder import PipelineFolder
@@ -174,12 +205,17 @@ def compile_models(
     if labels is not None and len(rows) > 1:
         raise click.UsageError("--labels FILE is for one model.")
     sources = WeightsSources.from_env(variables, given=weights)
-    if is_all:
+    if is_all and reducing is not None:
+        rows = [row for row in rows if row.service == "classification" and installed_digest(models, row.name)]
+    elif is_all:
         rows = _without_absent(rows, sources)
     failures = 0
     for row in rows:
         try:
-            artefact = _build(row, models, sources, again=again, f16_within=f16_within)
+            if reducing is None:
+                artefact = _build(row, models, sources, again=again, f16_within=f16_within)
+            else:
+                artefact = _build_copy(row, models, sources, *reducing)
             if labels is not None:
                 from provider_image.compiler.class_names import replace_names
 
@@ -255,6 +291,40 @@ def _build(
         return build(models, row, again=again, f16_within=f16_within)
     finally:
         steps.end()
+
+
+def _reducing(precision: str | None, calibrate: Path | None, within: float | None) -> tuple[str, Path, float] | None:
+    """Return precision, photos and bound of the copies to build, None for other builds. :raises click.UsageError:"""
+    if precision is None:
+        if calibrate is not None or within is not None:
+            raise click.UsageError("--calibrate and --within are for --precision.")
+        return None
+    if calibrate is None:
+        raise click.UsageError("--precision needs --calibrate FOLDER: photos such as the model is for.")
+    return precision, calibrate, TOLERANCE_BF16 if within is None else within
+
+
+def _build_copy(
+    row: ModelFacts, models: Path, sources: WeightsSources, precision: str, photos: Path, bound: float
+) -> Artefact:
+    """Build the copy of a model in another precision; a model of the catalogue that is not installed is built first."""
+    from provider_image.compiler import confined
+    from provider_image.models.catalogue import ModelRow
+    from provider_image.models.quickest import copy_name
+
+    if isinstance(row, ModelRow) and installed_digest(models, row.name) is None:
+        click.echo(installed_message(_build(row, models, sources, again=False, f16_within=None)))
+    name = copy_name(row.name, precision)
+    return confined.build(
+        "provider_image.compiler.reduced.builder:build",
+        models,
+        name,
+        row.name,
+        precision,
+        photos.absolute(),
+        bound=bound,
+        on_step=_StepReporter(name).begin,
+    )
 
 
 def _without_absent(rows: Sequence[ModelFacts], sources: WeightsSources) -> list[ModelFacts]:
@@ -358,6 +428,8 @@ def installed_message(artefact: Artefact) -> str:
         other_bytes = storage.f32_bytes if kept == "f16" else storage.f16_bytes
         facts += f"; {other_bytes / 1e6:.1f} MB as {other}, "
         facts += f"{change} f16 results differ by up to {storage.largest_difference:.1g}"
+    if artefact.reduced is not None:
+        facts += f"; {artefact.reduced.figures}"
     if artefact.backend != "openvino":
         facts += f", runs on {artefact.backend}"
     return f"{artefact.name} is installed in {artefact.folder} ({facts})"

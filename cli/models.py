@@ -12,7 +12,6 @@ from cli.compile import compile_models, installed_message
 from cli.options import environment, home_option, json_option
 from cli.tables import make_table, print_json_lines, print_table, width
 from cli.training.versions import all_versions, list_versions, print_versions, use_version
-from provider_image.models.catalogue import EMBEDDING_SUFFIX
 from provider_image.precision import PRECISIONS
 from store.settings import HomeSettings
 
@@ -45,7 +44,8 @@ def list_models(as_json: bool) -> None:
     """List all models. Shows whether each is installed, its size, and its speed if it was checked on this machine.
 
     An embedding, MODEL_embedding, is listed below its model if it is installed or will be on first use; the JSON has
-    those of all models of the catalogue.
+    those of all models of the catalogue. A copy in another precision, such as MODEL_int8, is listed there too, and
+    below the table how it was judged.
 
     \b
     Example:
@@ -66,9 +66,16 @@ def list_models(as_json: bool) -> None:
     names_shown = {row["name"] for row in rows}
     for row in _grouped(rows):
         titles = (row["title"],) if has_titles else ()
-        name = f"  {EMBEDDING_SUFFIX}" if row["base"] in names_shown else row["name"]
+        base = _base(row)
+        name = f"  {row['name'].removeprefix(base)}" if base in names_shown else row["name"]
         table.add_row(name, *titles, row["service"], _input_cell(row), *_installed_cells(row))
     print_table(table)
+    copies = [row for row in rows if row["reduced"] is not None]
+    if copies:
+        click.echo()
+    for row in copies:
+        choice = ", taken by MLG_PRECISION=fastest" if row["reduced"]["is_quickest"] else ""
+        click.echo(f"{row['name']}: {row['reduced']['figures']}{choice}")
     if versions:
         click.echo()
         print_versions([one for found in versions.values() for one in found])
@@ -159,10 +166,15 @@ def check_models(as_json: bool, threads: int | None, precision: str, names: Sequ
 
 
 def _grouped(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put each embedding below its model, and leave out those that are not there."""
+    """Put embeddings and copies in other precisions below their model; leave out embeddings that are not there."""
     numbers = {row["name"]: number for number, row in enumerate(rows)}
     shown = [row for row in rows if row["base"] is None or row["installed"] or row["builds_on_first_use"]]
-    return sorted(shown, key=lambda row: (numbers.get(row["base"], numbers[row["name"]]), row["base"] is not None))
+    return sorted(shown, key=lambda row: (numbers.get(_base(row), numbers[row["name"]]), _base(row) is not None))
+
+
+def _base(row: dict[str, Any]) -> Any:
+    """Return the name of the model that another one is made from: an embedding, or a copy in another precision."""
+    return row["base"] if row["reduced"] is None else row["reduced"]["base"]
 
 
 def _input_cell(row: dict[str, Any]) -> str:

@@ -92,7 +92,7 @@ def batcher_options(*, default_max_wait: str) -> Callable[[Command], Command]:
     :param default_max_wait: what the command's help names as the default of --max-wait.
     """
     from batcher.settings import SHRINK_CHOICES
-    from provider_image.precision import PRECISIONS
+    from provider_image.precision import FASTEST, PRECISIONS
 
     return with_options(
         setting_option(
@@ -125,8 +125,8 @@ def batcher_options(*, default_max_wait: str) -> Callable[[Command], Command]:
         setting_option(
             "--precision",
             "MLG_PRECISION",
-            type=click.Choice(tuple(PRECISIONS)),
-            help="Precision of local workers; bf16 is about twice as fast on processors that support it. "
-            "[MLG_PRECISION; f32]",
+            type=click.Choice((*PRECISIONS, FASTEST)),
+            help="Precision of local workers; bf16 is about twice as fast on processors that support it; fastest takes "
+            "the quickest copy of a model that passed on this processor, see mlg models compile. [MLG_PRECISION; f32]",
         ),
     )

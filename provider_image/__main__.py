@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from provider_image.environment import Environment
 from provider_image.errors import MlgError
-from provider_image.precision import PRECISIONS
+from provider_image.precision import FASTEST, PRECISIONS
 from provider_image.schemas import MAX_CHUNK_SECONDS
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--precision",
-            choices=tuple(PRECISIONS),
+            choices=(*PRECISIONS, *([] if command is check else [FASTEST])),
             default="f32",
             help="precision of the inference (default: %(default)s)",
         )

@@ -26,9 +26,10 @@ from provider_image.environment import without_secrets
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
 from provider_image.models.artefact import DIGEST_COVERS_FILES, Artefact, check_files, read_artefact
 from provider_image.models.catalogue import CATALOGUE, install_command
+from provider_image.models.processor import cpu_name
 from provider_image.models.speed import Speed, write_speed
 from provider_image.precision import TOLERANCE, TOLERANCE_BF16
-from provider_image.runtime import cpu_name, peak_memory_bytes, versions
+from provider_image.runtime import peak_memory_bytes, versions
 from provider_image.service import Difference, Output, Service, check_params, primary_input
 from provider_image.service import check_files as check_output_files
 from provider_image.services import load_service
@@ -72,8 +73,10 @@ class CheckReport:
     reference: str = ""
     #: What it takes: images, rows, texts or files.
     items: str = "images"
-    #: f32, bf16 or auto.
+    #: f32, bf16 or auto, as it was asked for.
     precision: str
+    #: In which it was computed: a copy in another precision always computes in its own.
+    computed_in: str = ""
     #: Images processed at the same time.
     threads: int
     #: The processor's name, and program -> version.
@@ -133,7 +136,7 @@ def describe(report: CheckReport) -> list[str]:
         add_line("artefact", f"digest {report.digest[:12]}, {size}, weights stored as {report.storage}")
     if report.load_seconds is not None:
         threads = f"{report.threads} thread{'' if report.threads == 1 else 's'}"
-        add_line("machine", f"{report.cpu}, {threads}, computing in {report.precision}")
+        add_line("machine", f"{report.cpu}, {threads}, computing in {report.computed_in}")
         # OpenVINO's version ends in its build and branch, which are left out.
         add_line("versions", ", ".join(f"{name} {text.partition('-')[0]}" for name, text in report.versions.items()))
         add_line("loading", f"{report.load_seconds:.2f} s")
@@ -192,6 +195,7 @@ def check_model(
             storage=artefact.precision,
             reference=artefact.reference,
             tolerance=tolerance(artefact, precision),
+            computed_in=precision if artefact.reduced is None else artefact.computes_in,
             warning=None if artefact.format >= DIGEST_COVERS_FILES else _renewal_hint(artefact),
         )
         if installed_as not in (None, artefact.name):
@@ -292,7 +296,12 @@ def record_speed(report: CheckReport, models: Path) -> bool:
 
 
 def tolerance(artefact: Artefact, precision: str) -> float:
-    """Return the largest allowed difference of a result. Results are recorded before weights are stored as f16."""
+    """Return the largest allowed difference of a result. Results are recorded before weights are stored as f16.
+
+    That of a copy in another precision is the one with which it was judged: other processors compute other numbers.
+    """
+    if artefact.reduced is not None:
+        return artefact.reduced.bound
     if precision != "f32":
         return TOLERANCE_BF16
     if artefact.precision != "f16" or artefact.storage is None:
@@ -393,7 +402,7 @@ class _Benchmark:
             largest, problem = found.largest * found.scale / scale, None
             if not largest <= allowed:  # also true for nan
                 problem = f"the result differs by {largest:.2g} from the recorded one, allowed is {allowed:.2g}"
-            elif precision == "f32" and not found.is_same_order:
+            elif precision == self.artefact.computes_in == "f32" and not found.is_same_order:
                 problem = "the top five labels are in another order"
             checks.append(ImageCheck(file=sample.file, difference=largest, problem=problem))
         return tuple(checks)

@@ -70,7 +70,7 @@ class Results:
     digest: str
     #: Program -> version.
     versions: Mapping[str, str]
-    #: f32, bf16 or auto.
+    #: f32, bf16 or auto; for a copy in another precision its own.
     precision: str
     #: The processor's name.
     cpu: str
@@ -219,6 +219,7 @@ def read_results(
     numbers: Collection[int],
     digest: str | None = None,
     *,
+    other_digests: Collection[str] = (),
     max_bytes: Mapping[str, int] | None = None,
 ) -> Results:
     """Read a results file and check that it belongs to this chunk: its id, model, digest and exactly its items.
@@ -226,6 +227,7 @@ def read_results(
     The outputs themselves are checked by the service's `check_output`.
 
     :param digest: digest of the required artefact; None accepts any.
+    :param other_digests: those of its copies in other precisions, which may have been used in its place.
     :param max_bytes: name of each file that an item may have -> its most bytes; no other is read. None accepts any.
     :raises MalformedResults: it cannot be read, violates the format, or belongs to another chunk.
     """
@@ -233,7 +235,8 @@ def read_results(
         document = archive.document
         check_results(document)
         for name, expected in (("chunk_id", chunk_id), ("model", model), ("digest", digest)):
-            if expected is not None and document[name] != expected:
+            is_other = name == "digest" and document[name] in other_digests
+            if expected is not None and document[name] != expected and not is_other:
                 raise MalformedResults(f"The results have {name} {document[name]!r}, not {expected!r}.")
         found = [item["number"] for item in document["items"]]
         if sorted(found) != sorted(numbers):

@@ -8,6 +8,14 @@ from __future__ import annotations
 #: Name -> OpenVINO's hint. auto leaves the choice to OpenVINO: on a CPU with AVX512_BF16 or AMX it computes in bf16,
 #: two to five times as fast, and two correct machines differ by up to 0.26 in a logit.
 PRECISIONS = {"f32": "f32", "bf16": "bf16", "auto": None}
+#: What a worker may be set to beside these: the copy of a model in one of REDUCED that is the quickest on this
+#: processor among those that passed their judgement on it, else f32.
+FASTEST = "fastest"
+#: Precisions in which a classifier may be installed as a copy, NAME_PRECISION, that is judged before it is installed.
+REDUCED = ("bf16", "int8")
+#: A copy is installed only if its first label is that of f32 on this share of the images, and no probability differs by
+#: more than TOLERANCE_BF16, unless the operator demands more.
+MIN_AGREEMENT = 0.99
 #: Largest difference of a probability from the reference in f32. Two correct machines differ by about 1e-6. Also the
 #: most that f16 weights may change unless the user allows more; those of EfficientNet-Lite0 change 0.004.
 TOLERANCE = 1e-4

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from provider_image.chunk import ChunkReader, ItemEntry, ItemResult, Results, op
 from provider_image.cores import available_memory_bytes, limited_memory
 from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
+from provider_image.models.processor import cpu_name, proc_field
+from provider_image.models.quickest import find_quickest
+from provider_image.precision import FASTEST
 from provider_image.progress import ProgressBoard, reporting
 from provider_image.service import Output, Service, are_inputs, check_params, describe_inputs
 from provider_image.services import load_service
@@ -53,6 +56,8 @@ class LoadedModel:
     net: Net
     #: Seconds to load it for this call; 0 if it was loaded before.
     seconds: float
+    #: Precision of the inference.
+    precision: str
 
 
 def default_net_bytes(processes: int = 1) -> int:
@@ -68,6 +73,8 @@ def net_bytes(artefact: Artefact) -> int:
 class NetCache:
     """The loaded nets of one process. Not thread-safe: used by one chunk at a time.
 
+    :param device: with the precision `fastest`, the copy of a model that is the quickest on this processor is taken in
+        its place, if there is one.
     :param max_bytes: most memory of the nets that remain loaded, by `net_bytes`; the least recently used is dropped
         first. The one in use may be larger. None takes half of the memory that there is.
     """
@@ -81,8 +88,11 @@ class NetCache:
         find_service: Callable[[str], Service] = load_service,
     ) -> None:
         self._max_bytes = default_net_bytes() if max_bytes is None else max_bytes
+        device = device or Device()
+        self._takes_quickest = device.precision == FASTEST
+        self._broken_copies: set[str] = set()
         #: What the nets run on.
-        self.device = device or Device()
+        self.device = replace(device, precision="f32") if self._takes_quickest else device
         #: Memory that the items of a chunk may take together.
         self.work_bytes = max(self._max_bytes, MAX_JOB_BYTES * self.device.threads)
         self._models = models
@@ -99,21 +109,38 @@ class NetCache:
         """
         started = time.perf_counter()
         implementation = self._find_service(service)
-        artefact = self._find(service, model, digest)
+        artefact = self._quickest(self._find(service, model, digest))
         key = (artefact.folder, artefact.digest)
         if key in self._nets:
             self._nets.move_to_end(key)
-            return LoadedModel(service=implementation, artefact=artefact, net=self._nets[key], seconds=0.0)
+            return self._loaded(implementation, artefact, 0.0)
         self._make_room(artefact)
         try:
             net = implementation.load(artefact, self.device)
         except BrokenArtefact as error:
+            if artefact.name != model:
+                logger.warning("a copy is not used: %s", error, extra={"model": model})
+                self._broken_copies.add(artefact.digest)
+                return self.get(service, model, digest)
             # Its model.json is intact, so the damage is only found now. Meanwhile it may have been installed again.
             current = self._find(service, model, digest)
             artefact = self._find(service, model, digest, error) if current is artefact else current
             net = implementation.load(artefact, self.device)
         self._nets[artefact.folder, artefact.digest] = net
-        return LoadedModel(service=implementation, artefact=artefact, net=net, seconds=time.perf_counter() - started)
+        return self._loaded(implementation, artefact, time.perf_counter() - started)
+
+    def _loaded(self, service: Service, artefact: Artefact, seconds: float) -> LoadedModel:
+        return LoadedModel(
+            service=service,
+            artefact=artefact,
+            net=self._nets[artefact.folder, artefact.digest],
+            seconds=seconds,
+            precision=self.device.precision if artefact.reduced is None else artefact.reduced.precision,
+        )
+
+    def _quickest(self, artefact: Artefact) -> Artefact:
+        quickest = find_quickest(self._models, artefact) if self._takes_quickest else artefact
+        return artefact if quickest.digest in self._broken_copies else quickest
 
     def _find(self, service: str, model: str, digest: str | None, broken: BrokenArtefact | None = None) -> Artefact:
         artefact = _find_or_build(self._models, model, broken)
@@ -175,10 +202,10 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache, *, board: ProgressBoar
             done = list(pool.map(lambda batch: _run_batch(reader, loaded, batch, board), batches))
         found = Results(
             chunk_id=reader.chunk_id,
-            model=loaded.artefact.name,
+            model=reader.model,
             digest=loaded.artefact.digest,
             versions=versions(),
-            precision=nets.device.precision,
+            precision=loaded.precision,
             cpu=cpu_name(),
             load_seconds=loaded.seconds,
             peak_memory_bytes=peak_memory_bytes(),
@@ -264,22 +291,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def cpu_name() -> str:
-    """Return the name of the processor, "unknown" where the system does not provide it."""
-    return _proc_field(Path("/proc/cpuinfo"), "model name") or "unknown"
-
-
 def peak_memory_bytes() -> int:
     """Return the peak memory of this process, 0 where the system does not provide it.
 
     Not from getrusage: on Linux that value is inherited from the parent process across exec.
     """
-    return int((_proc_field(Path("/proc/self/status"), "VmHWM") or "0").split()[0]) * 1024
-
-
-def _proc_field(path: Path, name: str) -> str | None:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
+    return int((proc_field(Path("/proc/self/status"), "VmHWM") or "0").split()[0]) * 1024

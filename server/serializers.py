@@ -11,8 +11,9 @@ from typing import Any
 
 from provider_image.compiler import can_build_now
 from provider_image.errors import InvalidParams, ModelError, NotInstalled, UnknownModel
-from provider_image.models.artefact import find_artefact
+from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import ModelFacts, install_command
+from provider_image.models.quickest import find_quickest
 from provider_image.models.registry import list_rows
 from provider_image.models.speed import read_speed
 from provider_image.service import IMAGE_ANSWER, check_params, primary_input
@@ -201,8 +202,24 @@ def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
         "size_bytes": None if artefact is None else artefact.size_bytes,
         "storage": None if artefact is None else artefact.precision,
         "images_per_second": None if speed is None else speed.images_per_second,
+        "reduced": None if artefact is None or artefact.reduced is None else _serialize_reduced(models, artefact),
         "install": install_command(row.name) if artefact is None else artefact.install_command,
     }
+
+
+def _serialize_reduced(models: Path, copy: Artefact) -> dict[str, Any]:
+    """Build the JSON of what a copy in another precision was judged by."""
+    reduced = copy.reduced
+    assert reduced is not None
+    try:
+        is_quickest = find_quickest(models, find_artefact(models, reduced.base)).digest == copy.digest
+    except (NotInstalled, UnknownModel, ModelError):
+        is_quickest = False
+    names = (
+        "base precision layers layers_in_f32 calibration_images images same_first_label agreement_low agreement_high"
+    )
+    more = "largest_difference median_difference bound processor speedup figures"
+    return {**fields(reduced, f"{names} {more}"), "is_quickest": is_quickest}
 
 
 def serialize_training(

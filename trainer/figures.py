@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from provider_image.compiler.reduced.comparison import wilson_interval
 from trainer.errors import UnusableExamples
 from trainer.splitting import Shortage
 
@@ -25,8 +26,6 @@ MAX_MISTAKES = 50
 KEPT_ACCURACY = 0.95
 #: Fewest answers above a suggested threshold: fewer say too little.
 _MIN_KEPT = 20
-#: The normal distribution's 97.5th percentile: both ends of a 95 % interval.
-_Z = 1.959963984540054
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,20 +302,6 @@ def _sign_test(one: int, other: int) -> float | None:
 
 def _cell(value: str | float | None) -> str:
     return "" if value is None else value if isinstance(value, str) else f"{value:.9g}"
-
-
-def wilson_interval(correct: int, count: int) -> tuple[float, float] | tuple[None, None]:
-    """Return the 95 % interval of a share by Wilson (1927), which also holds near 0 and 1. (None, None) without items.
-
-    https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval#Wilson_score_interval
-    """
-    if not count:
-        return None, None
-    share = correct / count
-    denominator = 1 + _Z**2 / count
-    middle = (share + _Z**2 / (2 * count)) / denominator
-    half = _Z / denominator * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def pearson(one: Sequence[float], other: Sequence[float]) -> float | None:

@@ -31,7 +31,7 @@ from provider_image.errors import ChunkError, ChunkTimeout, MlgError, WorkerDied
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import ModelFacts
 from provider_image.models.registry import list_rows
-from provider_image.precision import PRECISIONS
+from provider_image.precision import FASTEST, PRECISIONS
 from provider_image.runtime import default_net_bytes
 from provider_image.schemas import MAX_CHUNK_SECONDS
 from provider_image.service import Service, are_inputs, primary_input
@@ -65,9 +65,10 @@ class LocalSettings(Settings):
     #: Number of local worker processes, which share the cores, and of resizing processes.
     #: MLG_WORKERS. Defaults to the number of cores; over 8 cores, to fewer workers with several threads each.
     workers: int = setting("MLG_WORKERS", 1, unset=default_processes, minimum=1, maximum=256)
-    #: Precision of local workers: f32, bf16, or auto, which leaves it to the processor.
+    #: Precision of local workers: f32, bf16, auto, which leaves it to the processor, or fastest, which takes the
+    #: quickest of a model and its copies in other precisions that were judged on this processor.
     #: MLG_PRECISION. Defaults to f32.
-    precision: str = setting("MLG_PRECISION", "f32", choices=tuple(PRECISIONS))
+    precision: str = setting("MLG_PRECISION", "f32", choices=(*PRECISIONS, FASTEST))
     #: Seconds that loading a model at the start may take, at least two minutes: MLG_CHUNK_TIMEOUT_SECONDS, because a
     #: chunk that has to load its model gets as long.
     warm_up_seconds: float = setting("MLG_CHUNK_TIMEOUT_SECONDS", 120.0, minimum=0.1, maximum=MAX_CHUNK_SECONDS)

@@ -151,7 +151,7 @@ def load_net(artefact: Artefact, device: Device) -> OpenvinoNet:
         checked = pool.submit(check_files, artefact)
         try:
             initialise_binding()
-            compiled = compile_graph(artefact.folder / "model.xml", device.threads, device.precision)
+            compiled = compile_graph(artefact.folder / "model.xml", device.threads, _precision(artefact, device))
         except (RuntimeError, ValueError, OSError) as error:
             checked.result()  # changed files are the better explanation
             raise BrokenArtefact(
@@ -161,6 +161,16 @@ def load_net(artefact: Artefact, device: Device) -> OpenvinoNet:
         checked.result()
     check_input(artefact, list(compiled.graph.input(0).shape))
     return OpenvinoNet(artefact, compiled, device.threads)
+
+
+def _precision(artefact: Artefact, device: Device) -> str:
+    """Return the precision in which an artefact is computed. A copy is computed as it was judged.
+
+    What int8 is not for, such as a softmax, is f32 then.
+    """
+    if artefact.reduced is None:
+        return device.precision
+    return "bf16" if artefact.reduced.precision == "bf16" else "f32"
 
 
 def initialise_binding() -> None:

@@ -57,6 +57,8 @@ def build(
     classifier = find_artefact(models, base)
     if classifier.service != "classification" or not classifier.files.keys() >= set(GRAPH_FILES):
         raise UnsuitableModel(f"{base} is no classifier for OpenVINO, so there is no embedding of it.")
+    if classifier.reduced is not None:
+        raise UnsuitableModel(f"{base} is a copy of {classifier.reduced.base}: build the embedding of that.")
     check_files(classifier)
     if not classifier.samples:
         raise UnsuitableModel(f"{base} has no self-test images to compare its embedding with. Install it again.")

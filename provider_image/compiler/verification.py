@@ -62,7 +62,7 @@ def verify_and_install(
     """
     on_step("comparing")
     openvino = import_openvino()
-    _rename(graph, draft.name)
+    name_by_place(graph, draft.name)
     openvino.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
     files = self_test_images() if images is None else images
     arrays = decode_for(draft, files)
@@ -142,7 +142,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _rename(graph: Any, name: str) -> None:
+def name_by_place(graph: Any, name: str) -> None:
     """Name everything in a graph after its place.
 
     The digest covers the file with the names, and OpenVINO and Keras count what they name over the life of a process.

@@ -23,6 +23,7 @@ from typing import Any
 
 from provider_image.errors import BrokenArtefact, ModelError, NotInstalled, UnknownModel
 from provider_image.models.catalogue import ModelFacts, install_command
+from provider_image.precision import REDUCED
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ _EXAMPLES = {
     "table": "CSV --target COLUMN",
     "text": "CSV --text COLUMN --target COLUMN",
 }
+#: With fewer images, what is said of a judgement says so.
+_ENOUGH_IMAGES = 1000
 #: An artefact that cannot be used is read again after this time: its other files may have been repaired meanwhile.
 _RETRY_SECONDS = 1.0
 
@@ -101,6 +104,52 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reduced:
+    """What a copy of a classifier in another precision was made from, and how it was judged before it was installed."""
+
+    #: Name and digest of the model that it is a copy of.
+    base: str
+    base_digest: str
+    #: Precision of its inference, one of `precision.REDUCED`.
+    precision: str
+    #: Layers with weights that still compute in f32, and how many there are.
+    layers_in_f32: int
+    layers: int
+    #: Images from which the ranges of numbers were measured; none of them is among those that it was judged with.
+    calibration_images: int
+    #: Images that it was judged with, and on how many of them its first label was that of the model.
+    images: int
+    same_first_label: int
+    #: The 95 % interval of that share by Wilson (1927).
+    agreement_low: float
+    agreement_high: float
+    #: Largest difference of a probability on any image, its median over the images, and the most that was allowed.
+    largest_difference: float
+    median_difference: float
+    bound: float
+    #: The processor on which it was judged: its name, and what `quickest.processor_id` returned there.
+    processor: str
+    processor_id: str
+    #: How many times as fast as the model it was on that processor, in processor time.
+    speedup: float
+
+    @property
+    def figures(self) -> str:
+        """Return the figures of the judgement for people."""
+        low, high = (f"{100 * each:.1f}" for each in (self.agreement_low, self.agreement_high))
+        few = "" if self.images >= _ENOUGH_IMAGES else f", from fewer than {_ENOUGH_IMAGES:,} images"
+        calibrated = f"; calibrated with {self.calibration_images} other images" if self.calibration_images else ""
+        layers = f"; {self.layers_in_f32} of {self.layers} layers in f32" if self.layers_in_f32 else ""
+        return (
+            f"first label as {self.base} on {self.same_first_label} of {self.images} images "
+            f"({100 * self.same_first_label / self.images:.1f} %, 95 % interval {low} to {high} %{few}); "
+            f"probabilities differ by up to {self.largest_difference:.2g}, by {self.median_difference:.2g} in the "
+            f"median, allowed is {self.bound:g}; {self.speedup:.2f} times as fast on {self.processor}"
+            f"{layers}{calibrated}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Artefact(ModelFacts):
     """An installed model, or one that is being built, which has no digest, files and folder yet."""
 
@@ -108,8 +157,8 @@ class Artefact(ModelFacts):
     format: int = FORMAT_VERSION
     #: The name of the backend that loads it.
     backend: str = "openvino"
-    #: Precision of the stored weights: f32 or f16, f64 for the backend linear. Independent of that of the inference:
-    #: f16 weights become f32 when they are loaded.
+    #: Precision of the stored weights: f32 or f16, int8 for a copy in int8, f64 for the backend linear. Independent of
+    #: that of the inference: f16 weights become f32 when they are loaded.
     precision: str = "f32"
     #: (wnid, name) of each output, in the model's order; empty for a model without labels.
     labels: tuple[tuple[str, str], ...] = ()
@@ -124,6 +173,8 @@ class Artefact(ModelFacts):
     unknown_below: float = 0.0
     #: Where it comes from if it was trained here; None for other models.
     provenance: Provenance | None = None
+    #: How it was made and judged if it is a copy in another precision; None for other models.
+    reduced: Reduced | None = None
     #: Digest of the weights file.
     weights_sha256: str
     #: Identifies how the model is built. Changes whenever its results change.
@@ -153,8 +204,15 @@ class Artefact(ModelFacts):
         return sum(size for size, _ in self.files.values())
 
     @property
+    def computes_in(self) -> str:
+        """Return the precision of its inference on a worker that is set to f32."""
+        return "f32" if self.reduced is None else self.reduced.precision
+
+    @property
     def install_command(self) -> str:
         """Return the command that makes it again."""
+        if self.reduced is not None:
+            return f"mlg models compile {self.reduced.base} --precision {self.reduced.precision} --calibrate FOLDER"
         if self.provenance is None:
             return install_command(self.name)
         return f"mlg train {self.name} {_EXAMPLES.get(self.service, 'FOLDER')}"
@@ -183,6 +241,8 @@ def compute_digest(artefact: Artefact) -> str:
         facts = {"format": 4, "files": {file: sha256 for file, (_, sha256) in artefact.files.items()}}
     if artefact.provenance is not None:
         facts["provenance"] = vars(artefact.provenance)
+    if artefact.reduced is not None:
+        facts |= {"base_digest": artefact.reduced.base_digest, "computes_in": artefact.reduced.precision}
     if artefact.unknown_below:
         names.append("unknown_below")
     if artefact.tile != (0, 0):
@@ -214,8 +274,8 @@ def read_artefact(folder: Path) -> Artefact:
                 f"Install it again: {install_command(folder.name)}"
             )
         artefact = _parse(_from_format_2(facts) if facts["format"] == 2 else facts, folder)
-        facts = {**vars(artefact), **(vars(artefact.provenance) if artefact.provenance else {})}
-        texts = [each for each in facts.values() if isinstance(each, str)]
+        parts = [vars(part) for part in (artefact, artefact.provenance, artefact.reduced) if part is not None]
+        texts = [each for part in parts for each in part.values() if isinstance(each, str)]
         if not all(map(str.isprintable, (*texts, *artefact.columns, *itertools.chain(*artefact.labels)))):
             raise ValueError("a text has control characters, which a terminal would obey")
         for file in artefact.file_names:
@@ -247,7 +307,7 @@ def _from_format_2(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
     """Build the record of a model.json. :raises ValueError, KeyError, TypeError, AttributeError: it is invalid."""
     # Some artefacts of format 4 have none.
-    absent = {"dimensions": 0, "takes_faces": False, "unknown_below": 0.0, "provenance": None}
+    absent = {"dimensions": 0, "takes_faces": False, "unknown_below": 0.0, "provenance": None, "reduced": None}
     facts = {**absent, "tile": (0, 0), "margin": 0, "scale": 1, **facts}
     if not 0 <= facts["unknown_below"] < 1:
         raise ValueError("unknown_below is no probability")
@@ -258,11 +318,23 @@ def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
         tile=_parse_sides(*facts["tile"]),
         labels=tuple((str(wnid), str(name)) for wnid, name in facts["labels"]),
         provenance=facts["provenance"] and Provenance(**plain_fields(Provenance, facts["provenance"])),
+        reduced=facts["reduced"] and _parse_reduced(facts["reduced"]),
         storage=facts["storage"] and Storage(**plain_fields(Storage, facts["storage"])),
         samples=tuple(map(_parse_sample, facts["samples"])),
         files={file: (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},
         folder=folder,
     )
+
+
+def _parse_reduced(facts: Mapping[str, Any]) -> Reduced:
+    reduced = Reduced(**plain_fields(Reduced, facts))
+    if reduced.precision not in REDUCED:
+        raise ValueError(f"{reduced.precision!r} is no precision of a copy")
+    if not all(0 <= each < math.inf for each in vars(reduced).values() if not isinstance(each, str)):  # refuses nan too
+        raise ValueError("a figure of its judgement is no number")
+    if not 0 <= reduced.same_first_label <= reduced.images or not reduced.images:
+        raise ValueError("it was judged with no images")
+    return reduced
 
 
 def _parse_sides(height: Any, width: Any) -> tuple[int, int]:

@@ -18,6 +18,7 @@ NAMES = (
     "heads",
     "models",
     "peers",
+    "precision",
     "retention",
     "scale",
     "sessions",

@@ -421,6 +421,26 @@ _CATALOGUE_MODEL = object_schema(
     size_bytes=nullable(integer("Its size on disk.")),
     storage=nullable(string("How its weights are stored.")),
     images_per_second=nullable(number("Measured by a check on this machine.")),
+    reduced=nullable(
+        object_schema(
+            base=string("The model that it is a copy of."),
+            precision=string("The precision in which it computes: bf16 or int8."),
+            layers=integer("Layers with weights."),
+            layers_in_f32=integer("Those of them that compute in f32."),
+            calibration_images=integer("Images with which it was calibrated."),
+            images=integer("Other images, with which it was judged."),
+            same_first_label=integer("On how many of these its first label was that of the model."),
+            agreement_low=number("Lower end of the 95 % interval of that share, by Wilson."),
+            agreement_high=number("Upper end."),
+            largest_difference=number("Largest difference of a probability on any of these images."),
+            median_difference=number("Median over the images of the largest difference on each."),
+            bound=number("The largest difference that was allowed."),
+            processor=string("The processor on which it was judged."),
+            speedup=number("How many times as fast as the model it was there, in processor time."),
+            figures=string("All of this for people."),
+            is_quickest=boolean("Whether workers on this machine take it for the model with MLG_PRECISION=fastest."),
+        )
+    ),
     install=string("The command that installs it."),
 )
 

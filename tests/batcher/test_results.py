@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from provider_image.errors import (
 from provider_image.models.artefact import find_artefact
 from store.requests import MAX_ATTEMPTS, Blame, Claim
 from tests.batcher.conftest import MODEL, output_for
+from tests.reduced_models import install_copy
 
 
 def item(*claims: Claim) -> PlannedItem:
@@ -202,6 +204,22 @@ def test_a_provider_is_not_blamed_for_what_cannot_be_tried_or_is_missing_here(
 
     assert check_results(packed, harness.models, trying(None, ResizingUnavailable()), packed.results) == 3
     assert check_results(packed, tmp_path / "nothing", trying(), packed.results) == 0
+
+
+def test_a_copy_answers_for_its_model_on_this_machine_only(harness: Any, answered: Write, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(harness.models / MODEL, models / MODEL)
+    copy = install_copy(models, MODEL)
+    packed = answered(digest=copy.digest, precision="int8")
+
+    outcome = resolve_chunk(packed, DONE, models)
+
+    # Requests to the model do not get it as an earlier answer: they look for the model's digest.
+    assert [answer.digest for answer in outcome.answers] == [copy.digest] * len(packed.items)
+    with pytest.raises(MalformedResults, match="digest"):
+        check_results(packed, models, trying(), packed.results)
+    install_copy(models, MODEL, base_digest="0" * 64)
+    assert isinstance(resolve_chunk(packed, DONE, models).error, MalformedResults)
 
 
 def test_results_in_another_precision_are_no_answer(harness: Any, answered: Write) -> None:

@@ -16,7 +16,8 @@ from provider_image.errors import BrokenImage, InferenceFailed, MalformedChunk, 
 from provider_image.images.decoding import decode
 from provider_image.images.resizing import encode_resized
 from provider_image.models.artefact import find_artefact, installed_digest
-from provider_image.runtime import NetCache, cpu_name, net_bytes, peak_memory_bytes, run_chunk
+from provider_image.models.processor import cpu_name
+from provider_image.runtime import NetCache, net_bytes, peak_memory_bytes, run_chunk
 from provider_image.service import Output
 from provider_image.services import load_service
 from provider_image.services.classification import Classification

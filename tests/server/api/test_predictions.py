@@ -25,6 +25,7 @@ from server.errors import HTTP_STATUS
 from server.settings import ServerSettings
 from store.states import RequestState
 from store.store import Store
+from tests.reduced_models import install_copy
 
 MODEL = "efficientnet_lite0"
 URL = f"/requestPrediction/{MODEL}"
@@ -228,6 +229,21 @@ def test_a_measured_speed_is_listed_while_the_digest_matches(
 
     assert listed(digest) == 123.4
     assert listed("0" * 64) is None
+
+
+def test_a_copy_in_another_precision_is_listed_with_its_figures(
+    settings: ServerSettings, client: flask.testing.FlaskClient, models_folder: Path
+) -> None:
+    settings.models.unlink()
+    shutil.copytree(models_folder / MODEL, settings.models / MODEL)
+    copy = install_copy(settings.models, MODEL)
+
+    models = {model["name"]: model for model in client.get("/models").json["models"]}
+    home = client.get("/", headers={"Accept": "text/html"}).text
+
+    assert models[MODEL]["reduced"] is None and models[copy.name]["digest"] == copy.digest != models[MODEL]["digest"]
+    assert models[copy.name]["reduced"].items() >= {"base": MODEL, "same_first_label": 995, "is_quickest": True}.items()
+    assert f"first label as {MODEL} on 99.5 % of 1000 images, 2.0 times as fast" in home
 
 
 def test_a_model_that_builds_on_first_use_is_accepted_before(tmp_path: Path, photos: dict[str, bytes]) -> None:
