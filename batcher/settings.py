@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batcher.backoff import Backoff
-from provider_image.cores import available_cores
+from provider_image.cores import default_decoders
 from provider_image.environment import Settings, home_setting, setting
 from provider_image.schemas import MAX_BYTES, MAX_CHUNK_SECONDS, MAX_ITEMS
 
@@ -75,8 +75,8 @@ class BatcherSettings(Settings):
     chunk_timeout_seconds: float = setting("MLG_CHUNK_TIMEOUT_SECONDS", 120.0, minimum=0.1, maximum=MAX_CHUNK_SECONDS)
     #: Seconds for chunks under way to finish when the batcher stops. MLG_DRAIN_SECONDS. Defaults to 10 seconds.
     drain_seconds: float = setting("MLG_DRAIN_SECONDS", 10.0, minimum=0, maximum=3600)
-    #: Number of resizing processes: MLG_WORKERS, as for local workers.
-    resizers: int = setting("MLG_WORKERS", 1, unset=available_cores, minimum=1, maximum=256)
+    #: Number of resizing processes: MLG_WORKERS, else one a core, as far as there are 320 MB of memory for each.
+    resizers: int = setting("MLG_WORKERS", 1, unset=default_decoders, minimum=1, maximum=256)
     #: Whether images are resized to the model's input before they are sent: on, off, or auto, which resizes if chunks
     #: leave this machine. uncompressed resizes too, and takes less time and more bytes. MLG_SHRINK. Defaults to auto.
     shrink: str = setting("MLG_SHRINK", "auto", choices=SHRINK_CHOICES)

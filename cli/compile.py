@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from provider_image.models.catalogue import ModelFacts
 
 
+#: Options whose values have another name here.
+_OPTIONS = {"takes": "input", "backend": "gpu"}
 #: Service -> the builder of its models from Keras' weights, where it is another than that of classifiers.
 _KERAS_BUILDERS = {"style_transfer": "provider_image.compiler.style.vgg19:build"}
 
@@ -127,6 +129,13 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     help="With --onnx, or with --keras for image_to_image: what the model does. embedding: it returns a vector; "
     "face_detection: it has the outputs of a YuNet, or of an SSD with decoded boxes; image_to_image: it returns an RGB "
     "image of the same size, or enlarged by a whole number. [default: classification]",
+)
+@click.option(
+    "--gpu",
+    "backend",
+    flag_value="onnxruntime",
+    help="With --onnx: install the model for onnxruntime, which runs on a GPU with MLG_DEVICE=cuda:0, else on the "
+    "processor. [default: for OpenVINO, on the processor]",
 )
 @click.option(
     "--input",
@@ -357,9 +366,10 @@ def _custom_model(
     kinds = [kind for kind, file in files.items() if file is not None]
     if not kinds:
         if given:
+            name = next(iter(given))
             raise click.UsageError(
-                f"--{next(iter(given))} is for custom models: give one with --keras FILE, --onnx FILE or --huggingface "
-                "FOLDER."
+                f"--{_OPTIONS.get(name, name)} is for custom models: give one with --keras FILE, --onnx FILE or "
+                "--huggingface FOLDER."
             )
         return None
     if len(kinds) > 1:
@@ -367,6 +377,8 @@ def _custom_model(
     kind, what = kinds[0], "FOLDER" if kinds == ["huggingface"] else "FILE"
     if "channels" in given and kind != "onnx":
         raise click.UsageError("--channels is for --onnx FILE: other models take RGB.")
+    if "backend" in given and kind != "onnx":
+        raise click.UsageError("--gpu is for --onnx FILE: other models run on the processor.")
     service = given.get("service", "classification")
     if service in ("embedding", "face_detection") and (kind != "onnx" or "returns" in given):
         what = "--returns" if kind == "onnx" else f"--{kind}"

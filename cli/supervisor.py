@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 
 from batcher.backoff import Backoff
 from batcher.executors import Executor, ExecutorContext, load_executor
+from batcher.executors.local import LocalSettings
 from batcher.settings import BatcherSettings
 from provider_image.errors import MlgError
 from provider_image.subprocesses import child_environment, exit_description, module_command
@@ -217,7 +218,7 @@ class Supervisor:
         url = base_url(*self._address)
         executor = self._batcher_settings.executor
         if executor == "local":
-            workers = self._executor.workers()
+            workers = LocalSettings.from_env(self._variables).processes
             executor += f", {workers} worker{'s' if workers > 1 else ''}"
         return "\n".join(
             (

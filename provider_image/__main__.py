@@ -37,10 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from provider_image.cores import limit_cores
 
             limit_cores(options.threads)  # also for the warm process that it may start
+        if options.command == "serve" and options.cores is not None:
+            from provider_image.cores import use_cores
+
+            use_cores(options.cores)  # before any thread is started
         if options.command == "run" and not options.cold:
             _run_warm(options, environment)
             return 0
         _prepare_for_work()
+        if options.command == "device":
+            from provider_image.backends import Device
+            from provider_image.backends.onnxruntime import check_device
+
+            print(check_device(Device(name=options.name, threads=1)))
+            return 0
         if options.command == "check":
             if options.confined:
                 from provider_image.system_calls import MAX_CPU_SECONDS, confine, memory_limit_bytes
@@ -76,7 +86,10 @@ def _device(options: argparse.Namespace) -> Device:
     from provider_image.backends import Device
     from provider_image.cores import available_cores
 
-    return Device(threads=options.threads or available_cores(), precision=options.precision)
+    threads = options.threads or available_cores()
+    if options.command != "serve":
+        return Device(threads=threads, precision=options.precision)
+    return Device(name=options.device, threads=threads, precision=options.precision, batch_items=options.batch_items)
 
 
 def _run_warm(options: argparse.Namespace, environment: Environment) -> None:
@@ -115,6 +128,7 @@ def _run_here(options: argparse.Namespace) -> None:
         exit_with_stdin=options.exit_with_stdin,
         on_ready=lambda: print("ready", flush=True),
         has_pipes=options.pipes,
+        chunks=options.chunks,
     )
 
 
@@ -176,7 +190,7 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         "serve",
         help="run as a warm process",
         description=(
-            "Keep models loaded and process chunks, one after another, that are sent to a Unix socket in DIR: "
+            "Keep models loaded and process chunks, in their order, that are sent to a Unix socket in DIR: "
             'each line {"chunk": PATH, "results": PATH} is answered by a line {"ok": true, "seconds": S}. '
             "Prints `ready` when it accepts connections. SIGTERM ends it after the current chunk."
         ),
@@ -208,6 +222,32 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
     serve.add_argument(
         "--pipes", action="store_true", help="also take the chunks that `next` of the provider image gives it"
     )
+    serve.add_argument(
+        "--device",
+        metavar="NAME",
+        default="cpu",
+        help="cpu, or for example cuda:0, a GPU, on which models for onnxruntime run then (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--batch-items",
+        type=_threads,
+        metavar="N",
+        default=1,
+        help="items that a model for onnxruntime gets at once, from all chunks under way (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--chunks",
+        type=_threads,
+        metavar="N",
+        default=1,
+        help="chunks under way at the same time, which share the threads (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--cores",
+        type=_cores,
+        metavar="LIST",
+        help="run on these cores only, for example 0-3,8 (default: those that the process may use)",
+    )
     serve.add_argument("--exit-with-stdin", action="store_true", help="exit immediately when standard input is closed")
     check = commands.add_parser(
         "check",
@@ -224,6 +264,14 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
     )
     check.add_argument("--json", action="store_true", help="write JSON, one object per line")
     check.add_argument("--confined", action="store_true", help=argparse.SUPPRESS)  # for `check_in_process`
+    device = commands.add_parser(
+        "device",
+        help="try a device",
+        description="Load onnxruntime and run a trivial model on a device; the exit status is 0 only if that works.",
+        epilog="example:\n  mlg-provider device cuda:0",
+        formatter_class=parser.formatter_class,
+    )
+    device.add_argument("name", metavar="NAME", help="cpu, or for example cuda:0")
     home = environment.path("MLG_HOME", "~/.mlg")
     for command in (run, serve, check):
         command.formatter_class = parser.formatter_class
@@ -257,6 +305,18 @@ def _threads(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text[:9]) <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1024")
     return int(text)
+
+
+def _cores(text: str) -> frozenset[int]:
+    from provider_image.cores import parse_cores
+
+    try:
+        cores = parse_cores(text)
+    except ValueError:
+        cores = frozenset()
+    if not cores:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of cores such as 0-3,8")
+    return cores
 
 
 def _seconds(text: str) -> float:

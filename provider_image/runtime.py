@@ -1,30 +1,36 @@
 """The runtime: loads a chunk's model, runs batches of items, writes the results file.
 
 Called by the warm process and by `run --cold`. One thread per core takes as many items as the net runs at once, decodes
-and runs them. Pillow and OpenVINO release the GIL, so the decoding of one item overlaps with the inference of another.
-The bytes of an item are read when its turn comes and dropped when it is decoded, so memory does not grow with the
-chunk. While items are worked on, the kernel limits what this process may allocate: one that makes a decoder take memory
-without end fails alone, and the machine goes on. There is no limit on the time of an item: who sent the chunk limits
-that of the chunk, and ends the process.
+and runs them; chunks that are under way at the same time share the threads. Pillow and OpenVINO release the GIL, so the
+decoding of one item overlaps with the inference of another. The bytes of an item are read when its turn comes and
+dropped when it is decoded, so memory does not grow with the chunk. Where there is little memory for the number of
+threads, an item waits until what it is estimated to take is free. While items are worked on, the kernel limits what
+this process may allocate: one that makes a decoder take memory without end fails alone, and the machine goes on. There
+is no limit on the time of an item: who sent the chunk limits that of the chunk, and ends the process.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import importlib.util
 import logging
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from provider_image.backends import Device, Net
+from provider_image.backends.batches import DeviceBatches
 from provider_image.chunk import ChunkReader, ItemEntry, ItemResult, Results, open_chunk, write_results
-from provider_image.cores import available_memory_bytes, limited_memory
+from provider_image.cores import MAX_JOB_BYTES, AllocationLimit, MemoryBudget, available_memory_bytes
 from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
+from provider_image.images.headers import MAX_PIXELS, read_header
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.processor import cpu_name, proc_field
 from provider_image.models.quickest import find_quickest
@@ -35,15 +41,18 @@ from provider_image.services import load_service
 
 logger = logging.getLogger(__name__)
 
-#: Number of an item, what the service's `prepare` returned for it, and its parameters.
+#: A number, what the service's `prepare` returned for an item, and its parameters.
 _ReadyItem = tuple[int, Any, Mapping[str, Any]]
 #: What a loaded net takes beside its weights: buffers and code.
 _NET_BYTES = 64 * 1024 * 1024
 #: Share of the memory that loaded nets may take, of all processes together; chunks may take as much.
 _NETS_SHARE = 0.5
-#: Memory that an item may take at least. An image takes at most 200 MB; the rest is for its file and for memory that is
-#: not returned at once.
-MAX_JOB_BYTES = 320 * 1024 * 1024
+#: What an image takes beside its pixels and its file: the buffers of resizing, and the net's input and output.
+_IMAGE_BYTES = 16 * 1024 * 1024
+#: Bytes of a decoded pixel: as it was stored, and as RGB.
+_PIXEL_BYTES = 8
+#: What a thread of the runtime takes itself, at most: its stack, and memory that it keeps for later.
+_THREAD_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,9 @@ class LoadedModel:
     artefact: Artefact
     #: What the service's `load` returned.
     net: Net
+    #: Runs what `prepare` returned, with the parameters, in batches that are filled from all chunks; None: each chunk
+    #: runs its own.
+    batches: DeviceBatches[tuple[Any, Mapping[str, Any]], Output | Exception] | None = None
     #: Seconds to load it for this call; 0 if it was loaded before.
     seconds: float
     #: Precision of the inference.
@@ -71,12 +83,13 @@ def net_bytes(artefact: Artefact) -> int:
 
 
 class NetCache:
-    """The loaded nets of one process. Not thread-safe: used by one chunk at a time.
+    """The loaded nets of one process, and the threads that run items on them. Thread-safe: chunks may overlap.
 
     :param device: with the precision `fastest`, the copy of a model that is the quickest on this processor is taken in
         its place, if there is one.
     :param max_bytes: most memory of the nets that remain loaded, by `net_bytes`; the least recently used is dropped
-        first. The one in use may be larger. None takes half of the memory that there is.
+        first. Those in use together take no more either, unless it is a single one. None takes half of the memory that
+        there is.
     """
 
     def __init__(
@@ -93,11 +106,46 @@ class NetCache:
         self._broken_copies: set[str] = set()
         #: What the nets run on.
         self.device = replace(device, precision="f32") if self._takes_quickest else device
-        #: Memory that the items of a chunk may take together.
-        self.work_bytes = max(self._max_bytes, MAX_JOB_BYTES * self.device.threads)
+        #: Memory that the items under way may take together.
+        self.budget = MemoryBudget(max(self._max_bytes, MAX_JOB_BYTES))
+        #: True if there is enough for an item of the largest size in each thread.
+        self.has_ample_memory = self.budget.total_bytes >= MAX_JOB_BYTES * self.device.threads
+        #: What the kernel lets them allocate.
+        self.limit = AllocationLimit(self.budget.total_bytes + _THREAD_BYTES * self.device.threads)
         self._models = models
         self._find_service = find_service
-        self._nets: collections.OrderedDict[tuple[Path, str], Net] = collections.OrderedDict()
+        self._loaded: collections.OrderedDict[tuple[Path, str], LoadedModel] = collections.OrderedDict()
+        #: Held while a net is found or loaded.
+        self._loading = threading.RLock()
+        #: Notified when a chunk no longer uses its net.
+        self._changed = threading.Condition()
+        #: The artefact of each chunk under way.
+        self._in_use: list[Artefact] = []
+        #: Work on the items of all chunks, in the order in which these come.
+        self.threads = ThreadPoolExecutor(self.device.threads, thread_name_prefix="item")
+
+    @contextlib.contextmanager
+    def use(self, service: str, model: str, digest: str | None) -> Iterator[LoadedModel]:
+        """Get a model as `get` does, when there is room for it, and keep it loaded for the block."""
+        with self._loading:
+            artefact = self._quickest(self._find(service, model, digest))
+            with self._changed:
+                self._changed.wait_for(lambda: self._has_room(artefact))
+                self._in_use.append(artefact)
+            try:
+                loaded = self.get(service, model, digest)
+            except BaseException:
+                self._release(artefact)
+                raise
+        try:
+            yield loaded
+        finally:
+            self._release(artefact)
+
+    def _release(self, artefact: Artefact) -> None:
+        with self._changed:
+            self._in_use.remove(artefact)
+            self._changed.notify_all()
 
     def get(self, service: str, model: str, digest: str | None) -> LoadedModel:
         """Return a model that is ready to run; build and load it first if necessary.
@@ -107,36 +155,45 @@ class NetCache:
         :raises ModelError: it is installed but cannot be loaded.
         :raises MalformedChunk: there is no such service, or the model belongs to another.
         """
-        started = time.perf_counter()
-        implementation = self._find_service(service)
-        artefact = self._quickest(self._find(service, model, digest))
-        key = (artefact.folder, artefact.digest)
-        if key in self._nets:
-            self._nets.move_to_end(key)
-            return self._loaded(implementation, artefact, 0.0)
-        self._make_room(artefact)
+        with self._loading:
+            started = time.perf_counter()
+            implementation = self._find_service(service)
+            artefact = self._quickest(self._find(service, model, digest))
+            key = _key(artefact)
+            if key in self._loaded:
+                self._loaded.move_to_end(key)
+                return replace(self._loaded[key], artefact=artefact, seconds=0.0)
+            self._make_room(artefact)
+            with self.limit.lifted():  # of items of other chunks
+                net, artefact = self._load(implementation, artefact, service, model, digest)
+            loaded = LoadedModel(
+                service=implementation,
+                artefact=artefact,
+                net=net,
+                seconds=time.perf_counter() - started,
+                precision=self.device.precision if artefact.reduced is None else artefact.reduced.precision,
+            )
+            size = min(net.batch_items, self.device.batch_items)
+            if size > 1:
+                loaded = replace(loaded, batches=DeviceBatches(functools.partial(_run_mixed, loaded), size))
+            self._loaded[_key(artefact)] = loaded
+            return loaded
+
+    def _load(
+        self, implementation: Service, artefact: Artefact, service: str, model: str, digest: str | None
+    ) -> tuple[Net, Artefact]:
         try:
-            net = implementation.load(artefact, self.device)
+            return implementation.load(artefact, self.device), artefact
         except BrokenArtefact as error:
             if artefact.name != model:
                 logger.warning("a copy is not used: %s", error, extra={"model": model})
                 self._broken_copies.add(artefact.digest)
-                return self.get(service, model, digest)
+                copied = self._quickest(self._find(service, model, digest))
+                return self._load(implementation, copied, service, model, digest)
             # Its model.json is intact, so the damage is only found now. Meanwhile it may have been installed again.
             current = self._find(service, model, digest)
             artefact = self._find(service, model, digest, error) if current is artefact else current
-            net = implementation.load(artefact, self.device)
-        self._nets[artefact.folder, artefact.digest] = net
-        return self._loaded(implementation, artefact, time.perf_counter() - started)
-
-    def _loaded(self, service: Service, artefact: Artefact, seconds: float) -> LoadedModel:
-        return LoadedModel(
-            service=service,
-            artefact=artefact,
-            net=self._nets[artefact.folder, artefact.digest],
-            seconds=seconds,
-            precision=self.device.precision if artefact.reduced is None else artefact.reduced.precision,
-        )
+            return implementation.load(artefact, self.device), artefact
 
     def _quickest(self, artefact: Artefact) -> Artefact:
         quickest = find_quickest(self._models, artefact) if self._takes_quickest else artefact
@@ -154,10 +211,25 @@ class NetCache:
         return artefact
 
     def _make_room(self, artefact: Artefact) -> None:
-        """Drop the least recently used nets until this one fits beside the others."""
+        """Drop the least recently used nets until this one fits beside the others; keep those in use."""
         left = self._max_bytes - net_bytes(artefact)
-        while self._nets and sum(net_bytes(net.artefact) for net in self._nets.values()) > left:
-            self._nets.popitem(last=False)
+        with self._changed:
+            used = {_key(each) for each in self._in_use}
+        for key in [key for key in self._loaded if key not in used]:
+            if sum(net_bytes(each.net.artefact) for each in self._loaded.values()) <= left:
+                break
+            dropped = self._loaded.pop(key)
+            if dropped.batches is not None:
+                dropped.batches.close()
+
+    def _has_room(self, artefact: Artefact) -> bool:
+        """Tell whether this net fits beside those in use."""
+        used = {_key(each): each for each in (*self._in_use, artefact)}
+        return len(used) == 1 or sum(map(net_bytes, used.values())) <= self._max_bytes
+
+
+def _key(artefact: Artefact) -> tuple[Path, str]:
+    return artefact.folder, artefact.digest
 
 
 def _has_compiler() -> bool:
@@ -186,20 +258,20 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache, *, board: ProgressBoar
     :raises MlgError: the chunk as a whole cannot be processed; no results file is written.
     :raises OSError: the results file cannot be written.
     """
-    with open_chunk(chunk) as reader:
-        loaded = nets.get(reader.service, reader.model, reader.digest)
+    with open_chunk(chunk) as reader, nets.use(reader.service, reader.model, reader.digest) as loaded:
         for item in reader.items:
             if not are_inputs(loaded.service, item.sizes):
                 raise MalformedChunk(
                     f"Item {item.number} must have the inputs {describe_inputs(loaded.service.inputs)}."
                 )
-        size = loaded.net.batch_items
+        size = 1 if loaded.batches is not None else loaded.net.batch_items
         batches = [reader.items[start : start + size] for start in range(0, len(reader.items), size)]
-        with (
-            limited_memory(nets.work_bytes),
-            ThreadPoolExecutor(nets.device.threads, thread_name_prefix="item") as pool,
-        ):
-            done = list(pool.map(lambda batch: _run_batch(reader, loaded, batch, board), batches))
+        with nets.limit.applied():
+            if loaded.batches is None:
+                done = list(nets.threads.map(lambda batch: _run_in_budget(reader, loaded, batch, board, nets), batches))
+            else:
+                begun = list(nets.threads.map(lambda batch: _begin(reader, loaded, batch[0], nets), batches))
+                done = [[each.result()] for each in begun]
         found = Results(
             chunk_id=reader.chunk_id,
             model=reader.model,
@@ -215,6 +287,71 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache, *, board: ProgressBoar
     return found
 
 
+def _run_in_budget(
+    reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEntry], board: ProgressBoard | None, nets: NetCache
+) -> list[ItemResult]:
+    """Prepare and run some items when there is memory for them."""
+    with _hold(nets, loaded, reader, batch):
+        return _run_batch(reader, loaded, batch, board)
+
+
+def _hold(
+    nets: NetCache, loaded: LoadedModel, reader: ChunkReader, batch: Sequence[ItemEntry]
+) -> contextlib.AbstractContextManager[None]:
+    """Return a block for which some items hold the memory that they may take."""
+    if nets.has_ample_memory:
+        return contextlib.nullcontext()
+    return nets.budget.hold(sum(item_bytes(loaded.service, reader, item) for item in batch))
+
+
+def _begin(reader: ChunkReader, loaded: LoadedModel, item: ItemEntry, nets: NetCache) -> Future[ItemResult]:
+    """Prepare an item and have it run with others. Until it is done, it holds the memory that it may take."""
+    assert loaded.batches is not None
+    result: Future[ItemResult] = Future()
+    held = contextlib.ExitStack()
+    held.enter_context(_hold(nets, loaded, reader, [item]))
+    ready, seconds = _prepare(reader, loaded, item)
+    submitted = time.perf_counter()
+
+    def end(outcome: Output | Exception) -> None:
+        held.close()
+        result.set_result(_result(reader, item.number, outcome, seconds + time.perf_counter() - submitted))
+
+    if isinstance(ready, Exception):
+        end(ready)
+    else:
+        _, prepared, params = ready
+        loaded.batches.submit((prepared, params)).add_done_callback(lambda future: end(_outcome(future)))
+    return result
+
+
+def _outcome(future: Future[Output | Exception]) -> Output | Exception:
+    try:
+        return future.result()
+    except Exception as error:  # noqa: BLE001 - as that of an item
+        return error
+
+
+def _run_mixed(loaded: LoadedModel, items: Sequence[tuple[Any, Mapping[str, Any]]]) -> Sequence[Output | Exception]:
+    """Run items of several chunks; if several fail, each alone."""
+    outcomes = _run_ready(loaded, [(number, *item) for number, item in enumerate(items)], None)
+    return [outcomes[number] for number in range(len(items))]
+
+
+def item_bytes(service: Service, reader: ChunkReader, item: ItemEntry) -> int:
+    """Estimate the memory that an item takes: of images and rows little, of others as much as an item may."""
+    kinds = {service.inputs[name].kind for name in item.sizes}
+    if service.outputs or "file" in kinds:
+        return MAX_JOB_BYTES
+    try:
+        inputs = reader.read_inputs(item)
+        headers = [read_header(inputs[name], MAX_PIXELS) for name in inputs if service.inputs[name].kind == "image"]
+    except Exception:  # noqa: BLE001 - it fails again when it is prepared, before it is decoded
+        return _IMAGE_BYTES
+    pixels = sum(header.buffer_bytes + _PIXEL_BYTES * header.width * header.height for header in headers)
+    return min(MAX_JOB_BYTES, _IMAGE_BYTES + sum(item.sizes.values()) + pixels)
+
+
 def _run_batch(
     reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEntry], board: ProgressBoard | None
 ) -> list[ItemResult]:
@@ -223,20 +360,32 @@ def _run_batch(
     outcomes: dict[int, Output | Exception] = {}
     ready: list[_ReadyItem] = []
     for item in batch:
-        started = time.perf_counter()
-        try:
-            ready.append((item.number, *prepare_item(loaded.service, loaded.artefact, reader, item)))
-        except MemoryError as error:
-            # Not kept itself: its traceback has what the item allocated.
-            outcomes[item.number] = InferenceFailed.from_exception(error)
-        except Exception as error:  # noqa: BLE001 - one item must not affect the others
-            outcomes[item.number] = error
-        seconds[item.number] = time.perf_counter() - started
+        prepared, seconds[item.number] = _prepare(reader, loaded, item)
+        if isinstance(prepared, Exception):
+            outcomes[item.number] = prepared
+        else:
+            ready.append(prepared)
     started = time.perf_counter()
     outcomes |= _run_ready(loaded, ready, board) if ready else {}
     for number, _, _ in ready:
         seconds[number] += (time.perf_counter() - started) / len(ready)
     return [_result(reader, item.number, outcomes[item.number], seconds[item.number]) for item in batch]
+
+
+def _prepare(reader: ChunkReader, loaded: LoadedModel, item: ItemEntry) -> tuple[_ReadyItem | Exception, float]:
+    """Prepare an item. :return: with its number, or why it cannot be used; seconds that it took."""
+    started = time.perf_counter()
+    try:
+        ready: _ReadyItem | Exception = (
+            item.number,
+            *prepare_item(loaded.service, loaded.artefact, reader, item),
+        )
+    except MemoryError as error:
+        # Not kept itself: its traceback has what the item allocated.
+        ready = InferenceFailed.from_exception(error)
+    except Exception as error:  # noqa: BLE001 - one item must not affect the others
+        ready = error
+    return ready, time.perf_counter() - started
 
 
 def prepare_item(

@@ -1,4 +1,7 @@
-"""The warm process: keeps models loaded and processes chunks that it receives over a Unix socket, one after another.
+"""The warm process: keeps models loaded and processes chunks that it receives over a Unix socket, in their order.
+
+It has one chunk under way at a time, or as many as it is told: the threads then begin the items of the next when none
+of a chunk are left.
 
 Runs as `mlg-provider serve`, which the local executor starts once per worker, and `warm_client.py` when none is
 running. The protocol is JSON lines: the request `{"chunk": PATH, "results": PATH}` is answered by
@@ -20,6 +23,7 @@ import fcntl
 import io
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -68,6 +72,7 @@ def serve(
     exit_with_stdin: bool,
     on_ready: Callable[[], None],
     has_pipes: bool = False,
+    chunks: int = 1,
 ) -> None:
     """Serve until SIGTERM, SIGINT or `idle_seconds` without work; the current chunk is finished.
 
@@ -79,6 +84,7 @@ def serve(
         the other end of that pipe, this process does not outlive it, however it dies.
     :param on_ready: called when the socket accepts connections.
     :param has_pipes: also take chunks from named pipes in the folder.
+    :param chunks: most chunks under way at the same time.
     :raises ConfigError: another process serves in the folder, or the folder cannot be used.
     """
     with _exclusive_lock(runtime_folder):
@@ -92,7 +98,7 @@ def serve(
                 listener.listen(64)
                 if exit_with_stdin:
                     threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
-                _WarmServer(listener, path, nets, idle_seconds, pipes).run(on_ready)
+                _WarmServer(listener, path, nets, idle_seconds, pipes, chunks).run(on_ready)
             finally:
                 path.unlink(missing_ok=True)
                 if pipes is not None:
@@ -117,21 +123,27 @@ def _exit_with_stdin(path: Path) -> None:
 
 
 class _WarmServer:
-    """A loop that accepts connections, a thread for each of them, and one thread that processes chunks in turn."""
+    """A loop that accepts connections, a thread for each of them, and threads that process chunks in their order."""
 
     def __init__(
-        self, listener: socket.socket, path: Path, nets: NetCache, idle_seconds: float, pipes: ChunkPipes | None
+        self,
+        listener: socket.socket,
+        path: Path,
+        nets: NetCache,
+        idle_seconds: float,
+        pipes: ChunkPipes | None = None,
+        chunks: int = 1,
     ) -> None:
         self._listener, self._path, self._nets, self._pipes = listener, path, nets, pipes
         self._idle_seconds = idle_seconds
-        self._chunk_thread = ThreadPoolExecutor(1, thread_name_prefix="chunk")
+        self._chunk_threads = ThreadPoolExecutor(chunks, thread_name_prefix="chunk")
         self._lock = threading.Lock()
         #: Connected clients, and jobs that wait or run.
         self._clients = self._jobs = 0
         self._active_at = time.monotonic()
         self._is_stopping = False
-        #: The connection whose chunk is under way.
-        self._current: socket.socket | None = None
+        #: The connections whose chunks are under way -> when the process ends because of one, on the monotonic clock.
+        self._deadlines: dict[socket.socket | None, float] = {}
 
     def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until it is time to stop."""
@@ -184,7 +196,7 @@ class _WarmServer:
     def _read_pipes(self, pipes: ChunkPipes) -> None:
         for chunk, results in pipes.read():
             self._count(jobs=1)
-            self._chunk_thread.submit(self._run_queued, pipes, chunk, results)
+            self._chunk_threads.submit(self._run_queued, pipes, chunk, results)
 
     def _run_queued(self, pipes: ChunkPipes, chunk: Path, results: Path) -> None:
         try:
@@ -203,7 +215,7 @@ class _WarmServer:
                     self._count(jobs=1)
                     board = ProgressBoard()
                     try:
-                        job = self._chunk_thread.submit(self._run_job, line, connection, board)
+                        job = self._chunk_threads.submit(self._run_job, line, connection, board)
                         reply = self._wait(job, connection, stream, board)
                         stream.write(json.dumps(reply).encode() + b"\n")
                         stream.flush()
@@ -220,6 +232,7 @@ class _WarmServer:
         """Wait for the reply, and send progress. A client that does not read it delays only its own reply."""
         hang_up = select.poll()
         hang_up.register(connection, 0)  # reported without being requested
+        is_connected = True
         while True:
             try:
                 return job.result(REPORT_SECONDS)
@@ -229,17 +242,27 @@ class _WarmServer:
                     stream.write(b"".join(lines))
                     stream.flush()
                 with self._lock:
-                    if self._current is connection and hang_up.poll(0):
-                        hang_up.unregister(connection)
-                        self._current = None
-                        left = signal.getitimer(signal.ITIMER_REAL)[0] or _ABANDONED_SECONDS
-                        signal.setitimer(signal.ITIMER_REAL, min(left, _ABANDONED_SECONDS))
+                    if is_connected and connection in self._deadlines and hang_up.poll(0):
+                        is_connected = False
+                        until = time.monotonic() + _ABANDONED_SECONDS
+                        self._deadlines[connection] = min(self._deadlines[connection], until)
+                        self._set_timer()
 
-    def _begin(self, connection: socket.socket | None, limit_seconds: float = 0.0) -> None:
-        """Begin a chunk, or end one; the system ends the process after its limit, also if it holds the GIL."""
+    def _begin(self, connection: socket.socket | None, limit_seconds: float) -> None:
         with self._lock:
-            self._current = connection
-            signal.setitimer(signal.ITIMER_REAL, limit_seconds)
+            self._deadlines[connection] = time.monotonic() + (limit_seconds or math.inf)
+            self._set_timer()
+
+    def _end(self, connection: socket.socket | None) -> None:
+        with self._lock:
+            self._deadlines.pop(connection, None)
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        """Have the system end the process when the first of the chunks has had its time, also if it holds the GIL."""
+        left = min(self._deadlines.values(), default=math.inf) - time.monotonic()
+        # 0 would be no timer
+        signal.setitimer(signal.ITIMER_REAL, 0.0 if math.isinf(left) else max(left, _POLL_SECONDS))
 
     def _run_job(self, line: bytes, connection: socket.socket | None, board: ProgressBoard) -> dict[str, Any]:
         started = time.perf_counter()
@@ -255,7 +278,7 @@ class _WarmServer:
             logger.exception("chunk failed")
             return {"ok": False, **ChunkError(f"{type(error).__name__}: {error}").to_reply()}
         finally:
-            self._begin(None)
+            self._end(connection)
         return {"ok": True, "seconds": round(time.perf_counter() - started, 6)}
 
 

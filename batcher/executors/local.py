@@ -1,7 +1,9 @@
 """The local executor: warm worker processes on this machine.
 
 Made by the registry. Each worker runs the same program as a provider and keeps running, so that a model is loaded once
-and not per chunk. A worker that dies fails only its own chunk and is replaced immediately.
+and not per chunk. A worker with several threads has two chunks at a time, so that no thread waits for the last items of
+one. A worker that dies fails only its own chunk and is replaced immediately; if it had others at the same time, each is
+run again alone, so that no item is blamed for another.
 
 Weaknesses compared with other executors: it is as fast as this machine, and a worker may use all of its memory.
 """
@@ -11,10 +13,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import math
+import re
 import secrets
 import shutil
 import socket
+import subprocess
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +29,30 @@ from batcher.backoff import Backoff
 from batcher.executors import ExecutorContext, Job, Outcome
 from batcher.executors.worker_process import WorkerProcess
 from batcher.waiting import wait_for_first
+from provider_image.backends import GPU
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now
-from provider_image.cores import default_processes, threads_per_process
+from provider_image.cores import Share, default_processes, divide_cores, format_cores
 from provider_image.environment import Settings, setting
-from provider_image.errors import ChunkError, ChunkTimeout, MlgError, WorkerDied, error_from_reply
+from provider_image.errors import ChunkError, ChunkTimeout, ConfigError, MlgError, WorkerDied, error_from_reply
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import ModelFacts
 from provider_image.models.registry import list_rows
 from provider_image.precision import FASTEST, PRECISIONS
 from provider_image.runtime import default_net_bytes
-from provider_image.schemas import MAX_CHUNK_SECONDS
+from provider_image.schemas import MAX_CHUNK_SECONDS, MAX_ITEMS
 from provider_image.service import Service, are_inputs, primary_input
 from provider_image.services import load_service
+from provider_image.subprocesses import child_environment, exit_description, module_command
 
 log = logging.getLogger(__name__)
 
-#: Jobs under way for each worker: one that it runs and one that is packed and queued, so that it never waits.
-JOBS_PER_WORKER = 2
+#: Jobs under way for each that a worker runs: that one, and one that is packed and queued, so that it never waits.
+JOBS_PER_SLOT = 2
+#: Chunks that a worker with several threads has at the same time.
+_SHARED_CHUNKS = 2
+#: A device must answer within this time; loading CUDA for the first time takes several seconds.
+_DEVICE_SECONDS = 120.0
 #: After this many failed starts in a row, and with no other worker running, queued jobs are ended.
 MAX_FAILED_STARTS = 3
 #: A grey image of one pixel, to load libraries and a model before the first request comes.
@@ -49,13 +61,67 @@ _PIXEL = base64.b64decode(
 )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class _LocalQueuedJob:
-    """A job that waits for a worker."""
+    """A job that waits for a worker, or is run by one."""
 
     job: Job
     #: Set when the job is over; cancelled when the caller no longer waits.
     outcome: asyncio.Future[Outcome]
+    #: When its time begins, by the event loop's clock: not before the jobs that its worker began earlier have ended.
+    started_at: float = 0.0
+    #: True if its worker had another job at any time while it ran this one.
+    was_shared: bool = False
+    #: True if it must not be run beside another, because it failed when it was.
+    must_be_alone: bool = False
+
+
+class _WorkerJobs:
+    """The jobs that one worker process runs, in the order in which it works on them."""
+
+    def __init__(self) -> None:
+        self._jobs: list[_LocalQueuedJob] = []
+        #: True when the process is about to be ended, so that it takes no more.
+        self.is_ending = False
+        #: True once a job has ended.
+        self.was_useful = False
+
+    @property
+    def is_idle(self) -> bool:
+        """True if the worker waits for a job."""
+        return not self._jobs and not self.is_ending
+
+    def may_take(self, queued_job: _LocalQueuedJob) -> bool:
+        """Tell whether the job may be run now."""
+        if self.is_ending:
+            return False
+        return not self._jobs or not any(each.must_be_alone for each in (*self._jobs, queued_job))
+
+    def add(self, queued_job: _LocalQueuedJob, now: float) -> None:
+        """Note that the job begins."""
+        self._jobs.append(queued_job)
+        queued_job.started_at, queued_job.was_shared = now, False
+        if len(self._jobs) > 1:
+            for each in self._jobs:
+                each.was_shared = True
+
+    def remove(self, queued_job: _LocalQueuedJob, now: float) -> None:
+        """Note that it has ended."""
+        place = self._jobs.index(queued_job)
+        del self._jobs[place]
+        for each in self._jobs[place:]:
+            each.started_at = now
+        self.was_useful = True
+
+
+def _parse_devices(variable: str, text: str) -> str:
+    """Read MLG_DEVICE. :raises ConfigError: it names something else, or a GPU twice."""
+    names = [name.strip() for name in text.lower().split(",")]
+    if names != ["cpu"] and not all(re.fullmatch(f"{GPU}[0-9]{{1,3}}", name) for name in names):
+        raise ConfigError(f"{variable}={text!r} is unknown. Use cpu, or GPUs such as {GPU}0 or {GPU}0,{GPU}1.")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{variable}={text!r} names a GPU twice.")
+    return ",".join(names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +129,15 @@ class LocalSettings(Settings):
     """Settings of the local executor."""
 
     #: Number of local worker processes, which share the cores, and of resizing processes.
-    #: MLG_WORKERS. Defaults to the number of cores; over 8 cores, to fewer workers with several threads each.
+    #: MLG_WORKERS. Defaults to the number of cores that the machine or the container has; over 8 cores, and with less
+    #: than 512 MB of memory for each, to fewer workers with several threads each.
     workers: int = setting("MLG_WORKERS", 1, unset=default_processes, minimum=1, maximum=256)
+    #: Where models for onnxruntime run: cpu, a GPU such as cuda:0, or several such as cuda:0,cuda:1. With GPUs there is
+    #: one local worker for each, with a part of the cores, and MLG_WORKERS counts for resizing only. MLG_DEVICE.
+    #: Defaults to cpu.
+    device: str = setting("MLG_DEVICE", "cpu", parse=_parse_devices)
+    #: Images that a GPU gets at once. MLG_BATCH_ITEMS. Defaults to 32.
+    batch_items: int = setting("MLG_BATCH_ITEMS", 32, minimum=1, maximum=1024)
     #: Precision of local workers: f32, bf16, auto, which leaves it to the processor, or fastest, which takes the
     #: quickest of a model and its copies in other precisions that were judged on this processor.
     #: MLG_PRECISION. Defaults to f32.
@@ -72,6 +145,16 @@ class LocalSettings(Settings):
     #: Seconds that loading a model at the start may take, at least two minutes: MLG_CHUNK_TIMEOUT_SECONDS, because a
     #: chunk that has to load its model gets as long.
     warm_up_seconds: float = setting("MLG_CHUNK_TIMEOUT_SECONDS", 120.0, minimum=0.1, maximum=MAX_CHUNK_SECONDS)
+
+    @property
+    def gpus(self) -> list[str]:
+        """The GPUs on which models for onnxruntime run."""
+        return [] if self.device == "cpu" else self.device.split(",")
+
+    @property
+    def processes(self) -> int:
+        """Number of local worker processes."""
+        return len(self.gpus) or self.workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,27 +187,42 @@ class LocalExecutor:
         self._provider = f"local/{socket.gethostname()}"
         # A unique name: several executors may share one folder.
         self._folder = context.work / f"local-{secrets.token_hex(3)}"
+        processes = self._settings.processes
         self._options = ["--models", str(context.models), "--precision", self._settings.precision]
-        self._options += ["--threads", str(threads_per_process(self._settings.workers))]
-        self._options += ["--models-bytes", str(default_net_bytes(self._settings.workers))]
+        self._options += ["--models-bytes", str(default_net_bytes(processes))]
+        self._shares = divide_cores(processes)
+        #: How many jobs each worker runs at the same time.
+        self._slots = _SHARED_CHUNKS if max(share.threads for share in self._shares) > 1 else 1
+        if self._settings.gpus:
+            # Enough for a batch that runs, one that is ready, and images that are being decoded.
+            self._slots = _SHARED_CHUNKS + math.ceil(2 * self._settings.batch_items / MAX_ITEMS)
+            self._options += ["--batch-items", str(self._settings.batch_items)]
+        self._options += ["--chunks", str(self._slots)]
         self._queued_jobs: deque[_LocalQueuedJob] = deque()
         self._job_added = asyncio.Event()
         self._worker_loops: list[asyncio.Task[None]] = []
         self._workers: dict[int, WorkerProcess] = {}
+        #: What the workers run that have warmed up.
+        self._worker_jobs: dict[int, _WorkerJobs] = {}
         self._is_closed = False
 
     async def start(self) -> None:
-        """Start the workers without waiting until they are ready."""
+        """Start the workers without waiting until they are ready. :raises ConfigError: a GPU cannot be used."""
+        if self._settings.gpus:
+            environment = child_environment(self._context.environment)
+            await asyncio.gather(
+                *(asyncio.to_thread(_require_device, name, environment) for name in self._settings.gpus)
+            )
         self._folder.mkdir(parents=True, mode=0o700)
         self._worker_loops = [
-            asyncio.create_task(self._worker_loop(number)) for number in range(self._settings.workers)
+            asyncio.create_task(self._worker_loop(number)) for number in range(self._settings.processes)
         ]
 
     def capacity(self, model: str) -> int:
-        return JOBS_PER_WORKER * self._settings.workers
+        return JOBS_PER_SLOT * self.workers()
 
     def workers(self) -> int:
-        return self._settings.workers
+        return self._slots * self._settings.processes
 
     def unavailable_reason(self, model: str) -> str | None:
         return None
@@ -161,19 +259,22 @@ class LocalExecutor:
         pauses, failed_starts = 0, 0
         while not self._is_closed:
             folder = self._folder / str(number)
-            worker = WorkerProcess(number, folder, self._options, self._context.environment, self._timings)
-            started_at, was_useful, has_started = loop.time(), False, False
+            options = [*self._options, *_share_options(self._shares[number])]
+            if self._settings.gpus:
+                options += ["--device", self._settings.gpus[number]]
+            worker = WorkerProcess(number, folder, options, self._context.environment, self._timings)
+            jobs, started_at, has_started = _WorkerJobs(), loop.time(), False
             try:
                 try:
                     await worker.start()
                     self._workers[number], has_started = worker, True
                     failed_starts = 0
                     await self._warm_up(worker)
-                    while await self._run_job(worker, await self._next_job(worker)):
-                        was_useful = True
-                    was_useful = True  # a chunk ended it, so the next start needs no pause
+                    self._worker_jobs[number] = jobs
+                    await self._run_jobs(worker, jobs)
                 finally:
                     self._workers.pop(number, None)
+                    self._worker_jobs.pop(number, None)
                     await worker.stop(is_forced=not self._is_closed)
             except Exception as error:
                 if isinstance(error, WorkerDied):
@@ -184,16 +285,49 @@ class LocalExecutor:
                 failed_starts += not has_started
                 if failed_starts >= MAX_FAILED_STARTS and not self._workers:
                     self._fail_waiting(f"No worker process can be started, see the batcher's log. {error}")
-            if was_useful or loop.time() - started_at > self._timings.stable_seconds:
+            if jobs.was_useful or loop.time() - started_at > self._timings.stable_seconds:
                 pauses = 0
             else:
                 pauses += 1
                 await asyncio.sleep(self._timings.restart_backoff.after(pauses))
 
-    async def _next_job(self, worker: WorkerProcess) -> _LocalQueuedJob:
-        """Wait for a job. :raises WorkerDied: the worker ended while it was idle."""
+    async def _run_jobs(self, worker: WorkerProcess, jobs: _WorkerJobs) -> None:
+        """Run jobs, several at a time, until one ends the worker. :raises WorkerDied: it ended while it was idle."""
+        loop = asyncio.get_running_loop()
+
+        async def run_in_turn() -> None:
+            while (queued_job := await self._next_job(worker, jobs)) is not None:
+                jobs.add(queued_job, loop.time())
+                self._job_added.set()  # another worker may take the next one, now that this is not idle
+                try:
+                    if not await self._run_job(worker, queued_job):
+                        return
+                finally:
+                    jobs.remove(queued_job, loop.time())
+                    self._job_added.set()  # it may have kept others from being taken
+
+        slots = [asyncio.create_task(run_in_turn()) for _ in range(self._slots)]
+        try:
+            await asyncio.wait(slots, return_when=asyncio.FIRST_COMPLETED)
+            jobs.is_ending = True
+            worker.kill()  # the other jobs end with WorkerDied, and are queued again
+            for error in await asyncio.gather(*slots, return_exceptions=True):
+                if isinstance(error, Exception) and not isinstance(error, WorkerDied):
+                    raise error
+            if all(slot.exception() is not None for slot in slots):
+                raise WorkerDied("It ended while it was idle.")
+        finally:
+            for slot in slots:
+                slot.cancel()
+            await asyncio.gather(*slots, return_exceptions=True)
+
+    async def _next_job(self, worker: WorkerProcess, jobs: _WorkerJobs) -> _LocalQueuedJob | None:
+        """Wait for a job; None if the worker takes no more. :raises WorkerDied: it ended while it was idle."""
         while not worker.has_ended:
-            if self._queued_jobs:
+            if jobs.is_ending:
+                return None
+            is_next = jobs.is_idle or not any(each.is_idle for each in self._worker_jobs.values())
+            if is_next and self._queued_jobs and jobs.may_take(self._queued_jobs[0]):
                 return self._queued_jobs.popleft()
             self._job_added.clear()
             await wait_for_first(self._job_added.wait(), worker.wait())
@@ -212,7 +346,9 @@ class LocalExecutor:
         try:
             if job.on_start is not None:
                 job.on_start()
-            await asyncio.wait(waits, timeout=job.timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+            while (left := queued_job.started_at + job.timeout_seconds - loop.time()) > 0:
+                if (await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED))[0]:
+                    break
             if running.done():
                 reply = running.result()
                 error = None if reply.get("ok") is True else error_from_reply(reply)
@@ -236,6 +372,12 @@ class LocalExecutor:
         if outcome.done():
             log.info("worker %d: its chunk was cancelled", worker.number, extra={"chunk_id": job.chunk_id})
             return can_go_on
+        if not can_go_on and queued_job.was_shared:
+            # Another job of the worker may be why. What is run alone and fails again has failed by itself.
+            queued_job.must_be_alone = True
+            self._queued_jobs.appendleft(queued_job)
+            self._job_added.set()
+            return False
         # A worker that was asked to stop replies so; only one that died during a chunk makes its items suspicious.
         is_blameless = can_go_on and isinstance(error, WorkerDied)
         if not can_go_on:
@@ -276,6 +418,25 @@ class LocalExecutor:
             outcome = self._queued_jobs.popleft().outcome
             if not outcome.done():
                 outcome.set_result(Outcome.not_run(WorkerDied(reason)))
+
+
+def _require_device(name: str, environment: Mapping[str, str]) -> None:
+    """Try a device in a process of its own. :raises ConfigError: it cannot be used."""
+    command = module_command("provider_image", "device", name)
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_DEVICE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"The device {name} cannot be used: it did not answer in {_DEVICE_SECONDS:g} s.") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [exit_description(done.returncode)]
+        raise ConfigError(lines[-1].removeprefix("Error: "))
+
+
+def _share_options(share: Share) -> list[str]:
+    cores = [] if share.cores is None else ["--cores", format_cores(share.cores)]
+    return ["--threads", str(share.threads), *cores]
 
 
 def _guess_first_model(models: Path) -> ModelFacts | None:

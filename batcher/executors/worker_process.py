@@ -126,22 +126,23 @@ class WorkerProcess:
             assert self._process.stdin is not None
             self._process.stdin.close()
             if is_forced:
-                self._kill()
+                self.kill()
             try:
                 async with asyncio.timeout(self._timings.stop_seconds):
                     await self._process.wait()
             except TimeoutError:
-                self._kill()
+                self.kill()
                 await self._process.wait()
             if self._output_reader is not None:
                 await self._output_reader
         socket_path(self._folder).unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _kill(self) -> None:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+    def kill(self) -> None:
+        """End the process at once; `stop` removes its files."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     async def _exit_description(self) -> str:
         assert self._process is not None

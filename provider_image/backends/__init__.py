@@ -7,7 +7,7 @@ from elsewhere are not trusted.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from provider_image.cores import available_cores
@@ -34,16 +34,24 @@ REGISTRY = Extensions(
 )
 
 
+#: This project's backends that compute on the processor only.
+_ON_CPU = frozenset({"openvino", "linear", "opencv", "style"})
+#: How the names of GPUs begin; a number follows.
+GPU = "cuda:"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """What a net runs on."""
 
-    #: Its name; a backend refuses those that it does not know.
+    #: Its name, cpu or for example cuda:0; a backend refuses those that it does not know.
     name: str = "cpu"
     #: Items that are processed at the same time, each on one core.
     threads: int = field(default_factory=available_cores)
     #: Precision of the inference: f32, bf16 or auto.
     precision: str = "f32"
+    #: Most items that a net gets at once, if it can take several; the runtime then fills batches from all chunks.
+    batch_items: int = 1
 
 
 class Net(Protocol):
@@ -68,17 +76,26 @@ Loader = Callable[["Artefact", Device], Net]
 
 
 def load_net(artefact: Artefact, device: Device) -> Net:
-    """Load an artefact with its backend. :raises: as a `Loader`, also if the backend is not installed."""
+    """Load an artefact with its backend; one that computes on the processor only does so beside any GPU.
+
+    :raises: as a `Loader`, also if the backend is not installed.
+    """
     if artefact.backend not in REGISTRY:
         raise BrokenArtefact(
             f"The model {artefact.name} needs the backend {artefact.backend[:64]!r}, which is not installed. "
             f"There are: {', '.join(sorted(REGISTRY))}."
         )
+    if artefact.backend in _ON_CPU and device.name.startswith(GPU):
+        device = replace(device, name="cpu")
     return cast(Loader, REGISTRY.load(artefact.backend))(artefact, device)
 
 
-def check_input(artefact: Artefact, shape: list[Any]) -> None:
-    """Compare the shape of a graph's input with the artefact. :raises BrokenArtefact: it is another."""
+def check_input(artefact: Artefact, shape: list[Any], *, may_be_open: bool = False) -> None:
+    """Compare the shape of a graph's input with the artefact. :raises BrokenArtefact: it is another.
+
+    :param may_be_open: whether the axis of the batch may have a name in place of the number 1.
+    """
     expected = [1, *artefact.net_size, 3] if any(artefact.net_size) else [1, len(artefact.columns)]
-    if shape != expected:
+    is_open = may_be_open and bool(shape) and isinstance(shape[0], str)
+    if ([1, *shape[1:]] if is_open else shape) != expected:
         raise BrokenArtefact(f"The graph of {artefact.name} takes {shape}, not {expected}.")

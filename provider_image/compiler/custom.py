@@ -116,6 +116,8 @@ class CustomModel:
     service: str = "classification"
     #: True if it takes images of faces.
     takes_faces: bool = False
+    #: The backend that an ONNX file is for, onnxruntime; None takes OpenVINO if that computes it as it should.
+    backend: str | None = None
 
 
 def build(

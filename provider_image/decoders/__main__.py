@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from provider_image.chunk import open_chunk
-from provider_image.cores import allocated_bytes, limit_resource
+from provider_image.cores import MAX_JOB_BYTES, allocated_bytes, limit_resource
 from provider_image.decoders import FILES, KILL_MARGIN_SECONDS, MAX_FILES, MAX_JSON_BYTES, READY
 from provider_image.errors import ImageTooLarge, InferenceFailed, MlgError
 from provider_image.images.quality import encode_measures
 from provider_image.images.resizing import resize
 from provider_image.images.thumbnails import draw_sheet, thumbnail
 from provider_image.models.artefact import find_artefact
-from provider_image.runtime import MAX_JOB_BYTES, prepare_item
+from provider_image.runtime import prepare_item
 from provider_image.schemas import MAX_REASON
 from provider_image.services import load_service
 from provider_image.system_calls import refuse_sockets, restrict_files

@@ -15,6 +15,7 @@ NAMES = (
     "drain",
     "faces",
     "golem",
+    "gpu",
     "heads",
     "models",
     "peers",
@@ -28,6 +29,7 @@ NAMES = (
     "telegram",
     "training",
     "uploads",
+    "workers",
 )
 
 if len(sys.argv) < 2 or sys.argv[1] not in NAMES:

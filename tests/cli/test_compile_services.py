@@ -18,6 +18,8 @@ from cli.compile import compile_models
         (["--onnx", "a", "--service", "embedding", "--labels", "b"], "--labels FILE is for classifiers"),
         (["--onnx", "a", "--service", "face_detection", "--returns", "logits"], "--returns is not for it"),
         (["--onnx", "a", "--input", "face"], "--onnx FILE needs --labels FILE"),
+        (["--keras", "a", "--gpu"], "--gpu is for --onnx FILE"),
+        (["--gpu"], "--gpu is for custom models"),
         (["--service", "embedding"], "--service is for custom models"),
         (["--onnx", "a", "--service", "faces"], "'faces' is not one of"),
     ],

@@ -1,9 +1,12 @@
 """A chunk gets the right results, an item fails without affecting the others, and memory does not grow."""
 
+import json
 import logging
 import resource
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -215,8 +218,6 @@ def test_net_is_loaded_once(models_folder):
 
 
 def test_nets_stay_loaded_within_a_number_of_bytes(tmp_path, models_folder):
-    import json
-
     for number in range(4):
         folder = shutil.copytree(models_folder / "efficientnet_lite0", tmp_path / f"model{number}")
         facts = json.loads((folder / "model.json").read_text())
@@ -305,6 +306,146 @@ def test_items_are_worked_on_side_by_side(tmp_path, models_folder):
     run_chunk(chunk, tmp_path / "r.zip", nets)
 
     assert together.n_waiting == 0 and not together.broken
+
+
+class Meeting(Counting):
+    """Waits in each item until so many items are worked on."""
+
+    def __init__(self, items):
+        super().__init__()
+        self.together = threading.Barrier(items, timeout=DEADLINE_SECONDS)
+
+    def run(self, net, items, params):
+        self.together.wait()
+        return super().run(net, items, params)
+
+
+def test_chunks_at_the_same_time_share_the_threads_and_the_net(tmp_path, models_folder):
+    service = Meeting(4)
+    nets = NetCache(models_folder, Device(threads=4), find_service=lambda name: service)
+    chunks = [make_chunk(tmp_path / f"{name}.zip", [b"x"] * 2, chunk_id=name) for name in ("one", "two")]
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda chunk: run_chunk(chunk, chunk.with_suffix(".results"), nets), chunks))
+
+    assert [results.chunk_id for results in done] == ["one", "two"]
+    assert all(item.error is None for results in done for item in results.items)
+    assert service.loads == 1
+
+
+def test_chunk_of_another_model_waits_until_there_is_room_for_its_net(tmp_path, models_folder):
+    for name in ("first", "second"):
+        folder = shutil.copytree(models_folder / "efficientnet_lite0", tmp_path / name)
+        facts = json.loads((folder / "model.json").read_text())
+        (folder / "model.json").write_text(json.dumps(facts | {"name": name}))
+    service, is_begun, order = Counting(), threading.Event(), []
+    nets = NetCache(tmp_path, max_bytes=net_bytes(find_artefact(tmp_path, "first")), find_service=lambda name: service)
+
+    def use_second():
+        is_begun.set()
+        with nets.use("classification", "second", None):
+            order.append("second begins")
+
+    with nets.use("classification", "first", None):
+        thread = threading.Thread(target=use_second)
+        thread.start()
+        is_begun.wait(DEADLINE_SECONDS)
+        time.sleep(0.05)
+        order.append("first ends")
+    thread.join(DEADLINE_SECONDS)
+
+    assert order == ["first ends", "second begins"]
+    assert service.loads == 2
+
+
+class Mixing(Counting):
+    """Runs up to eight items at once. The first two items are two batches, which wait until all items are prepared."""
+
+    batch_items = 8
+
+    def __init__(self, items):
+        super().__init__()
+        self.batches, self._items, self._prepared, self._changed = [], items, 0, threading.Condition()
+
+    def _wait_for(self, condition):
+        assert self._changed.wait_for(condition, DEADLINE_SECONDS)
+
+    def prepare(self, artefact, inputs, params, *, is_resized=False):
+        with self._changed:
+            self._prepared += 1
+            number = min(self._prepared - 1, 2)
+            self._changed.notify_all()
+            self._wait_for(lambda: len(self.batches) >= number)
+        return super().prepare(artefact, inputs, params, is_resized=is_resized)
+
+    def run(self, net, items, params):
+        with self._changed:
+            self.batches.append(items)
+            is_second = len(self.batches) == 2
+            self._changed.notify_all()
+            self._wait_for(lambda: self._prepared == self._items)
+            self._wait_for(lambda: len(self.batches) > 2 or not is_second)  # one thread takes what is left
+        if 9 in items:
+            raise InferenceFailed()
+        return super().run(net, items, params)
+
+
+def test_batches_are_filled_from_all_chunks_while_others_are_decoded(tmp_path, models_folder):
+    service = Mixing(items=10)
+    device = Device(threads=2, batch_items=8)
+    nets = NetCache(models_folder, device, find_service=lambda name: service)
+    sizes = {"one": [1, 2, 3, 4, 9], "two": [5, 6, 7, 8, 10]}
+    chunks = [
+        make_chunk(tmp_path / f"{name}.zip", [bytes(size) for size in each], chunk_id=name)
+        for name, each in sizes.items()
+    ]
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda chunk: run_chunk(chunk, chunk.with_suffix(".results"), nets), chunks))
+
+    assert [[item.output for item in results.items] for results in done] == [[1, 2, 3, 4, None], [5, 6, 7, 8, 10]]
+    assert done[0].items[4].error.code == "inference_failed"  # alone, after the batch with it
+    assert [len(batch) for batch in service.batches[:2]] == [1, 1]
+    assert max(map(len, service.batches)) <= 8
+    mixed = [batch for batch in service.batches if set(batch) & set(sizes["one"]) and set(batch) & set(sizes["two"])]
+    assert mixed
+
+
+class Peak(Counting):
+    """Remembers how many items were worked on at once."""
+
+    def __init__(self):
+        super().__init__()
+        self._lock = threading.Lock()
+        self._current = self.most = 0
+
+    def run(self, net, items, params):
+        with self._lock:
+            self._current += 1
+            self.most = max(self.most, self._current)
+        time.sleep(0.02)
+        with self._lock:
+            self._current -= 1
+        return super().run(net, items, params)
+
+
+def test_items_that_together_need_too_much_memory_are_worked_on_one_after_another(tmp_path, models_folder, slow_chunk):
+    # 16 images of 36 million pixels, each of which may take nearly all that one item may
+    few, many = Peak(), Peak()
+    for service, limit in ((few, 1), (many, 1 << 40)):
+        nets = NetCache(models_folder, Device(threads=4), max_bytes=limit, find_service=lambda name, it=service: it)
+        run_chunk(slow_chunk, tmp_path / "r.zip", nets)
+
+    assert few.most == 1 < many.most
+
+
+def test_small_items_do_not_wait_for_memory(tmp_path, models_folder, photos):
+    service = Peak()
+    nets = NetCache(models_folder, Device(threads=4), max_bytes=1, find_service=lambda name: service)
+
+    run_chunk(make_chunk(tmp_path / "c.zip", [photos["coffee"]] * 16), tmp_path / "r.zip", nets)
+
+    assert service.most > 1
 
 
 class Batching(Counting):

@@ -245,7 +245,10 @@ def test_bad_setting_names_its_variable(tmp_path):
     assert (done.returncode, done.stderr) == (1, "Error: MLG_KEEP_WARM_SECONDS='soon' is not a number.\n")
 
 
-@pytest.mark.parametrize("option", [("--threads", "0"), ("--threads", "two"), ("--idle-seconds", "nan")])
+@pytest.mark.parametrize(
+    "option",
+    [("--threads", "0"), ("--threads", "two"), ("--idle-seconds", "nan"), ("--cores", "3-1"), ("--cores", "x")],
+)
 def test_invalid_option_is_explained(tmp_path, option):
     done = command("serve", "--place", tmp_path / "place", *option)
 

@@ -131,6 +131,21 @@ def test_limit_of_a_chunk_counts_only_during_the_chunk(tmp_path, models_folder, 
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
+@pytest.mark.timeout(method="thread")
+def test_of_chunks_at_the_same_time_the_nearest_limit_counts(tmp_path, models_folder):
+    server = _WarmServer(None, tmp_path / "socket", NetCache(models_folder), 0, chunks=3)
+    seen = []
+    for name, limit in (("long", 500), ("short", 300), ("none", 0)):
+        server._begin(name, limit)
+        seen.append(signal.getitimer(signal.ITIMER_REAL)[0])
+    for name in ("short", "long", "none"):
+        server._end(name)
+        seen.append(signal.getitimer(signal.ITIMER_REAL)[0])
+
+    assert [300 < seen[0] <= 500, 0 < seen[1] <= 300, 0 < seen[2] <= 300, 300 < seen[3] <= 500] == [True] * 4
+    assert seen[4:] == [0, 0]
+
+
 def test_idle_process_ends_and_removes_its_socket(start_warm_server):
     server = start_warm_server(options=("--idle-seconds", "0.2")).wait_until_ready()
 
@@ -205,6 +220,14 @@ def test_of_processes_that_start_at_once_exactly_one_serves(tmp_path, start_warm
         if each is not served[0]:
             assert each.process.wait() == 1
             assert "Another process already serves" in each.process.stderr.read()
+
+
+def test_process_runs_on_the_cores_that_it_is_given(start_warm_server):
+    core = max(os.sched_getaffinity(0))
+
+    server = start_warm_server(options=("--cores", f"{core}-{core}")).wait_until_ready()
+
+    assert os.sched_getaffinity(server.process.pid) == {core}
 
 
 def test_process_ends_with_its_standard_input(start_warm_server):

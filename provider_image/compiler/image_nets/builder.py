@@ -151,6 +151,7 @@ def build_onnx(
             tolerance=TOLERANCE,
             f16_within=max(f16_within, TOLERANCE),
             on_step=on_step,
+            backend=custom.backend,
         )
 
 

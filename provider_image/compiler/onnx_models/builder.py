@@ -38,7 +38,7 @@ from provider_image.compiler.onnx_models.endings import (
 )
 from provider_image.compiler.onnx_models.file import check_onnx_file, check_shapes, import_onnx, missing
 from provider_image.compiler.self_test import self_test_images
-from provider_image.compiler.verification import install_as_it_is, verify_and_install
+from provider_image.compiler.verification import decode_for, install_as_it_is, verify_and_install
 from provider_image.errors import CompilationFailed, ConfigError, InferenceFailed, UnsuitableModel
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import Artefact
@@ -145,7 +145,14 @@ def build(
 
         on_step("converting")
         return install_complete(
-            complete, folder, models, draft, reference=results, f16_within=f16_within, on_step=on_step
+            complete,
+            folder,
+            models,
+            draft,
+            reference=results,
+            f16_within=f16_within,
+            on_step=on_step,
+            backend=custom.backend,
         )
 
 
@@ -176,30 +183,38 @@ def install_complete(
     f16_within: float,
     on_step: Callable[[str], None],
     tolerance: float = TOLERANCE,
+    backend: str | None = None,
 ) -> Artefact:
     """Install a complete ONNX file: for OpenVINO if that can run it and gives the right results, else for onnxruntime.
 
     :param folder: from `installing.build_folder`.
+    :param backend: onnxruntime installs it for that in any case; None chooses.
     :param reference, tolerance: see `verification.verify_and_install`.
     """
     for_openvino, for_onnxruntime = folder / "openvino", folder / "onnxruntime"
     for_onnxruntime.mkdir()
     (for_onnxruntime / GRAPH_FILE).write_bytes(complete)
-    try:
-        for_openvino.mkdir()
-        return verify_and_install(
-            _convert(for_onnxruntime / GRAPH_FILE),
-            for_openvino,
-            models,
-            draft,
-            reference=reference,
-            tolerance=tolerance,
-            f16_within=f16_within,
-            on_step=on_step,
-        )
-    except (RuntimeError, CompilationFailed, InferenceFailed) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
-        on_step(f"OpenVINO cannot be used, so the model will run on onnxruntime: {reason}")
+    if backend is None:
+        try:
+            for_openvino.mkdir()
+            return verify_and_install(
+                _convert(for_onnxruntime / GRAPH_FILE),
+                for_openvino,
+                models,
+                draft,
+                reference=reference,
+                tolerance=tolerance,
+                f16_within=f16_within,
+                on_step=on_step,
+            )
+        except (RuntimeError, CompilationFailed, InferenceFailed) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
+            on_step(f"OpenVINO cannot be used, so the model will run on onnxruntime: {reason}")
+    opened = open_batch(complete, draft)
+    if opened is None:
+        on_step("it runs one image at a time, on a GPU too")
+    else:
+        (for_onnxruntime / GRAPH_FILE).write_bytes(opened)
     return install_as_it_is(
         for_onnxruntime,
         models,
@@ -209,6 +224,31 @@ def install_complete(
         reference=reference,
         tolerance=tolerance,
     )
+
+
+def open_batch(complete: bytes, draft: Artefact) -> bytes | None:
+    """Open the axis of the batch of a complete ONNX file, so that a GPU can run several images at once.
+
+    :return: None if it is for parts of images, or does not answer several as it answers each.
+    """
+    import numpy as np
+
+    if draft.tile != (0, 0):
+        return None
+    model = import_onnx().ModelProto.FromString(complete)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    opened: bytes = model.SerializeToString(deterministic=True)
+    arrays = decode_for(draft, self_test_images())
+    try:
+        session = open_session(opened)
+        name = session.get_inputs()[0].name
+        together = session.run(None, {name: np.stack(arrays)})[0]
+        alone = np.concatenate([session.run(None, {name: array[None]})[0] for array in arrays])
+    except Exception:  # noqa: BLE001 - onnxruntime's errors have no base in common
+        return None
+    is_same = together.shape == alone.shape and np.allclose(together, alone, rtol=TOLERANCE, atol=TOLERANCE)
+    return opened if is_same else None
 
 
 def find_input(network: Any, preprocessing: str, channels: str | None) -> NetworkInput:

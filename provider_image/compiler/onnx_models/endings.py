@@ -84,6 +84,8 @@ class Probabilities:
         self.found = _FOUND[head]
         self.shape: tuple[int, ...] = (1, labels)
         self._head = head
+        #: How many the network returns for an image.
+        self._numbers = 1 if head == "complement" else labels
 
     def apply(self, outputs: Sequence[Array]) -> Array:
         """Compute the result."""
@@ -99,7 +101,7 @@ class Probabilities:
 
     def add(self, operations: Operations, names: Sequence[str]) -> str:
         """Add operations for the result."""
-        name = operations.reshape(names[0], 1, -1)
+        name = operations.reshape(names[0], -1, self._numbers)
         if self._head == "softmax":
             return operations.add("Softmax", name, axis=1)
         if self._head == "complement":
@@ -140,7 +142,7 @@ class UnitVector:
 
     def add(self, operations: Operations, names: Sequence[str]) -> str:
         """Add operations for the result."""
-        vector = operations.reshape(names[0], 1, -1)
+        vector = operations.reshape(names[0], -1, self.shape[1])
         squares = operations.add("Mul", vector, vector)
         total = operations.add("MatMul", squares, operations.constant([[1]] * self.shape[1], "float32"))
         length = operations.add("Max", operations.add("Sqrt", total), operations.constant([[_EPSILON]], "float32"))
@@ -207,7 +209,7 @@ class DetectorRows:
         joined = [
             operations.add(
                 "Concat",
-                *(operations.reshape(names[one.number], 1, one.rows, one.columns) for one in group),
+                *(operations.reshape(names[one.number], -1, one.rows, one.columns) for one in group),
                 axis=2,
             )
             for group in self._groups
