@@ -13,7 +13,12 @@
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS builder
-COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE mlg.py /src/
+# For the compiled part of the package, which resizes images. Nothing of the compiler gets into the final image. Where it
+# cannot be installed, the image is built without that part, and Pillow resizes.
+RUN command -v gcc >/dev/null \
+    || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends gcc libc6-dev >/dev/null; } \
+    || echo "There is no C compiler: images will be resized by Pillow."
+COPY constraints.txt setup.cfg setup.py pyproject.toml README.md LICENSE mlg.py /src/
 COPY provider_image /src/provider_image
 COPY store /src/store
 COPY server /src/server

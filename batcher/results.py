@@ -109,8 +109,8 @@ def resolve_chunk(
         return replace(resolved, failures=(failure,))
     try:
         artefact = find_artefact(models, packed.planned.model)
-        # Workers of this machine may have taken a quicker copy. What strangers send has passed `check_results`.
-        copies = find_copies(models, artefact)
+        # Workers of this machine may have taken a quicker copy; strangers must use the model itself.
+        copies = find_copies(models, artefact) if try_item is None else []
         results = _read(packed, artefact, packed.results, copies)
     except (MalformedResults, *MODEL_ERRORS) as error:
         failed = Outcome(provider=outcome.provider, seconds=outcome.seconds, error=error)

@@ -106,7 +106,7 @@ def batcher_options(*, default_max_wait: str) -> Callable[[Command], Command]:
             "MLG_WORKERS",
             type=int,
             metavar="N",
-            help="Number of local worker processes. [MLG_WORKERS; one per core]",
+            help="Number of local worker processes. [MLG_WORKERS; one a core, at most 8]",
         ),
         setting_option(
             "--max-wait",

@@ -130,7 +130,7 @@ def submit(
             rows += [Row(file=file) for file in (split_files(files) if input == "row" else files)]
             sent = progress.add_task("sent", total=len(rows))
             answered = progress.add_task("answered", total=len(rows), visible=is_waiting)
-            for row in send_all(rows, client, Target(model=model, input=input), journal, extras, top=top):
+            for row in send_all(rows, client, Destination(model=model, input=input), journal, extras, top=top):
                 progress.advance(sent)
                 if row.request is None:
                     progress.advance(answered)
@@ -206,7 +206,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Destination:
     """What everything is sent to."""
 
     model: str
@@ -351,7 +351,13 @@ def _read_lines(file: Path, changed_at: int) -> Mapping[int, bytes]:
 
 
 def send_all(
-    rows: Sequence[Row], client: Client, target: Target, journal: SubmitJournal, extras: Extras, *, top: int | None
+    rows: Sequence[Row],
+    client: Client,
+    destination: Destination,
+    journal: SubmitJournal,
+    extras: Extras,
+    *,
+    top: int | None,
 ) -> Iterator[Row]:
     """Send the images that the server has not acknowledged yet, or that ended without a result; identical ones once.
 
@@ -360,7 +366,7 @@ def send_all(
         sent so far.
     """
     # By sha256.
-    outcomes = _send_unfinished(rows, client, target, journal, extras)
+    outcomes = _send_unfinished(rows, client, destination, journal, extras)
     for part in _read_in_parts(rows):
         new: dict[str, _ImageFile] = {}
         for _, image in part:
@@ -375,7 +381,7 @@ def send_all(
         batch = SentBatch(key=uuid.uuid4().hex, files={image.sha256: str(image.file.absolute()) for image in missing})
         if missing:
             journal.begin(batch)
-            outcomes |= _send_batch(batch, missing, client, target, extras)
+            outcomes |= _send_batch(batch, missing, client, destination, extras)
         for row, image in part:
             if image is not None:
                 row.update(outcomes[image.sha256])
@@ -492,7 +498,7 @@ def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _ImageFile |
 
 
 def _send_unfinished(
-    rows: Iterable[Row], client: Client, target: Target, journal: SubmitJournal, extras: Extras
+    rows: Iterable[Row], client: Client, destination: Destination, journal: SubmitJournal, extras: Extras
 ) -> dict[str, Request | Refused]:
     """Send the batch that an earlier run left without an answer, under its key, so that the server accepts it once.
 
@@ -509,7 +515,7 @@ def _send_unfinished(
     try:
         images = [_ImageFile.read(Path(file)) for file in batch.files.values()]
         if [image.sha256 for image in images] == list(batch.files):
-            outcomes = _send_batch(batch, images, client, target, extras)
+            outcomes = _send_batch(batch, images, client, destination, extras)
             _finish(batch, outcomes, journal)
             return outcomes
     except OSError:
@@ -522,15 +528,15 @@ def _send_unfinished(
 
 
 def _send_batch(
-    batch: SentBatch, images: Sequence[_ImageFile], client: Client, target: Target, extras: Extras
+    batch: SentBatch, images: Sequence[_ImageFile], client: Client, destination: Destination, extras: Extras
 ) -> dict[str, Request | Refused]:
     """Send images. :return: by sha256. :raises ClientError:"""
     names = [os.fsencode(image.file.name).decode("utf-8", "replace") for image in images]
     sent = client.submit_many(
         [image.data for image in images],
-        target.model,
+        destination.model,
         names=names,
-        input=target.input,
+        input=destination.input,
         inputs=extras.inputs,
         params=extras.params,
         idempotency_key=batch.key,

@@ -196,7 +196,8 @@ class Calls(abc.ABC):
         """Send many images, in batches if the server has them. Images that it refuses are listed in the result.
 
         :param names: a file name for each image. Defaults to those of the paths or files.
-        :param input: the model's name of what is sent: "image", or "text" for texts and "row" for rows as JSON.
+        :param input: the model's name of what is sent: "image", or "text" for texts and "row" for rows as JSON; each
+            as a path or bytes.
         :param inputs: what the model takes beside an image, the same for all: {"style": "painting.jpg"}.
         :param idempotency_key: sending the same images with the same key creates no second requests. Defaults to a
             random key.

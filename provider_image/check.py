@@ -24,6 +24,7 @@ from provider_image.backends import Device, Net
 from provider_image.cores import available_cores
 from provider_image.environment import without_secrets
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
+from provider_image.images.resampling import resampler
 from provider_image.models.artefact import DIGEST_COVERS_FILES, Artefact, check_files, read_artefact
 from provider_image.models.catalogue import CATALOGUE, install_command
 from provider_image.models.processor import cpu_name
@@ -82,6 +83,8 @@ class CheckReport:
     #: The processor's name, and program -> version.
     cpu: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    #: What resizes images: avx2, or pillow and why; empty for models that take none.
+    resampler: str = ""
     #: Seconds to load the model in a new process, including the check of its files and the start of OpenVINO.
     load_seconds: float | None = None
     #: Largest allowed difference of a result; in f32 the top five labels must have the same order as well.
@@ -139,6 +142,8 @@ def describe(report: CheckReport) -> list[str]:
         add_line("machine", f"{report.cpu}, {threads}, computing in {report.computed_in}")
         # OpenVINO's version ends in its build and branch, which are left out.
         add_line("versions", ", ".join(f"{name} {text.partition('-')[0]}" for name, text in report.versions.items()))
+        if report.resampler:
+            add_line("resizing", report.resampler)
         add_line("loading", f"{report.load_seconds:.2f} s")
     if report.pictures:
         add_line("self-test", _self_test(report))
@@ -209,7 +214,8 @@ def check_model(
         report = replace(report, pictures=images)
         _raise_if_wrong(artefact, images)
         service = load_service(artefact.service)
-        report = replace(report, items=f"{service.inputs[primary_input(service)].kind}s")
+        kind = service.inputs[primary_input(service)].kind
+        report = replace(report, items=f"{kind}s", resampler=str(resampler()) if kind == "image" else "")
         started = time.perf_counter()
         net = service.load(artefact, device)
         report = replace(report, load_seconds=time.perf_counter() - started)

@@ -169,8 +169,8 @@ class AllocationLimit:
     def __init__(self, extra_bytes: int) -> None:
         self._extra_bytes = extra_bytes
         self._lock = threading.Lock()
-        #: Blocks under way.
-        self._applied = 0
+        #: Blocks under way of both kinds.
+        self._applied = self._lifted = 0
         self._before = resource.getrlimit(resource.RLIMIT_DATA)
 
     @contextlib.contextmanager
@@ -179,7 +179,8 @@ class AllocationLimit:
         with self._lock:
             if not self._applied:
                 self._before = resource.getrlimit(resource.RLIMIT_DATA)
-                self._set()
+                if not self._lifted:
+                    self._set()
             self._applied += 1
         try:
             yield
@@ -195,11 +196,13 @@ class AllocationLimit:
         with self._lock:
             if self._applied:
                 resource.setrlimit(resource.RLIMIT_DATA, self._before)
+            self._lifted += 1
         try:
             yield
         finally:
             with self._lock:
-                if self._applied:
+                self._lifted -= 1
+                if self._applied and not self._lifted:
                     self._set()
 
     def _set(self) -> None:

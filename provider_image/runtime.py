@@ -128,7 +128,8 @@ class NetCache:
     def use(self, service: str, model: str, digest: str | None) -> Iterator[LoadedModel]:
         """Get a model as `get` does, when there is room for it, and keep it loaded for the block."""
         with self._loading:
-            artefact = self._quickest(self._find(service, model, digest))
+            with self.limit.lifted():  # it may be built
+                artefact = self._quickest(self._find(service, model, digest))
             with self._changed:
                 self._changed.wait_for(lambda: self._has_room(artefact))
                 self._in_use.append(artefact)
@@ -137,10 +138,12 @@ class NetCache:
             except BaseException:
                 self._release(artefact)
                 raise
+            with self._changed:  # meanwhile it may have been installed again, or its copy found to be damaged
+                self._in_use[self._in_use.index(artefact)] = loaded.artefact
         try:
             yield loaded
         finally:
-            self._release(artefact)
+            self._release(loaded.artefact)
 
     def _release(self, artefact: Artefact) -> None:
         with self._changed:
@@ -185,11 +188,12 @@ class NetCache:
         try:
             return implementation.load(artefact, self.device), artefact
         except BrokenArtefact as error:
-            if artefact.name != model:
+            if artefact.reduced is not None and artefact.name != model:
                 logger.warning("a copy is not used: %s", error, extra={"model": model})
                 self._broken_copies.add(artefact.digest)
-                copied = self._quickest(self._find(service, model, digest))
-                return self._load(implementation, copied, service, model, digest)
+                artefact = self._quickest(self._find(service, model, digest))
+                self._make_room(artefact)
+                return self._load(implementation, artefact, service, model, digest)
             # Its model.json is intact, so the damage is only found now. Meanwhile it may have been installed again.
             current = self._find(service, model, digest)
             artefact = self._find(service, model, digest, error) if current is artefact else current

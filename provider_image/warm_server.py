@@ -8,7 +8,8 @@ running. The protocol is JSON lines: the request `{"chunk": PATH, "results": PAT
 `{"ok": true, "seconds": S}` or `{"ok": false, "code": WORD, "reason": TEXT, "permanent": BOOL}`. If the request has
 `limit_seconds` and the chunk takes longer, the process ends: an item that hangs must not block the chunks that follow.
 If it has `"progress": true`, lines like `{"progress": {"item": 3, "fraction": 0.5, "preview": BASE64 or null}}` come
-before the answer, when the service reports any.
+before the answer, when the service reports any. If it has `"announce": true`, the line `{"began": true}` comes when the
+chunk begins; one whose client has gone by then is left out.
 With `--pipes` it also takes chunks from named pipes, see `provider_image.pipes`; those are not interrupted, and have
 the limit of every chunk.
 A file lock in its folder ensures that only one process serves there. The system releases the lock when the process
@@ -201,7 +202,7 @@ class _WarmServer:
     def _run_queued(self, pipes: ChunkPipes, chunk: Path, results: Path) -> None:
         try:
             job = {"chunk": str(chunk), "results": str(results), "limit_seconds": MAX_CHUNK_SECONDS}
-            reply = self._run_job(json.dumps(job).encode(), None, ProgressBoard())
+            reply = self._run_job(json.dumps(job).encode(), None, None, ProgressBoard())
             pipes.report(results, None if reply["ok"] else str(reply["reason"]))
         except OSError as error:
             logger.error("the end of a chunk cannot be reported: %s", error)
@@ -215,7 +216,7 @@ class _WarmServer:
                     self._count(jobs=1)
                     board = ProgressBoard()
                     try:
-                        job = self._chunk_threads.submit(self._run_job, line, connection, board)
+                        job = self._chunk_threads.submit(self._run_job, line, connection, stream, board)
                         reply = self._wait(job, connection, stream, board)
                         stream.write(json.dumps(reply).encode() + b"\n")
                         stream.flush()
@@ -264,16 +265,27 @@ class _WarmServer:
         # 0 would be no timer
         signal.setitimer(signal.ITIMER_REAL, 0.0 if math.isinf(left) else max(left, _POLL_SECONDS))
 
-    def _run_job(self, line: bytes, connection: socket.socket | None, board: ProgressBoard) -> dict[str, Any]:
+    def _run_job(
+        self,
+        line: bytes,
+        connection: socket.socket | None,
+        stream: io.BufferedRWPair | None,
+        board: ProgressBoard,
+    ) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             if self._is_stopping:
                 raise WorkerDied("The warm process was stopped before it began the chunk.")
-            chunk, results, limit_seconds, wants_progress = _parse_job(line)
+            chunk, results, limit_seconds, wants_progress, is_announced = _parse_job(line)
+            if is_announced and stream is not None:
+                stream.write(b'{"began": true}\n')
+                stream.flush()
             self._begin(connection, limit_seconds)
             run_chunk(chunk, results, self._nets, board=board if wants_progress else None)
         except MlgError as error:
             return {"ok": False, **error.to_reply()}
+        except ConnectionError as error:
+            return {"ok": False, **WorkerDied(f"The client had gone before the chunk began: {error}").to_reply()}
         except Exception as error:
             logger.exception("chunk failed")
             return {"ok": False, **ChunkError(f"{type(error).__name__}: {error}").to_reply()}
@@ -282,8 +294,8 @@ class _WarmServer:
         return {"ok": True, "seconds": round(time.perf_counter() - started, 6)}
 
 
-def _parse_job(line: bytes) -> tuple[Path, Path, float, bool]:
-    """Return the chunk, the results file, the limit, 0 if there is none, and whether progress is sent.
+def _parse_job(line: bytes) -> tuple[Path, Path, float, bool, bool]:
+    """Return the chunk, the results file, the limit, 0 if there is none, and whether progress and the begin are sent.
 
     :raises MalformedRequest:
     """
@@ -296,4 +308,4 @@ def _parse_job(line: bytes) -> tuple[Path, Path, float, bool]:
         raise MalformedRequest('Send one line: {"chunk": "/a/chunk.zip", "results": "/a/results.zip"}') from error
     if not (chunk.is_absolute() and results.is_absolute()):
         raise MalformedRequest("Both paths must be absolute: the warm process has another working folder.")
-    return chunk, results, limit, job.get("progress") is True
+    return chunk, results, limit, job.get("progress") is True, job.get("announce") is True

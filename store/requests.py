@@ -31,7 +31,7 @@ from store.pipelines.runs import CHILDREN, REMOVE_ALL, REMOVE_OTHERS, PipelineRu
 from store.processes.progress import ProgressRecord, read_progress
 from store.rows import from_row, from_text, insert_sql, mapping_to_text, to_row, to_text
 from store.states import EXPIRED, RequestState
-from store.transition import count_open, count_pipelines, transition
+from store.transition import count_open, count_pipelines, recount_open, transition
 
 #: Maximum number of items in a chunk, by how often an item was in a chunk that failed as a whole. The last is alone.
 ISOLATION_STEPS = (16, 4, 1)
@@ -106,7 +106,7 @@ _OLDEST_DUE = f"""
         SELECT min(created_at, due_at) FROM requests WHERE number = (
             SELECT number FROM requests INDEXED BY requests_queued
             WHERE {_IS_CLAIMABLE.replace(":model", "queued.model")} ORDER BY number LIMIT 1)
-    ) AS oldest FROM queued WHERE model IS NOT NULL
+    ) AS oldest FROM queued WHERE model IN (SELECT value FROM json_each(:models))
 """
 
 _HAS_REQUEUED = """
@@ -800,14 +800,14 @@ class Requests:
             before this time; with None every model is.
         """
         full = ISOLATION_STEPS[0]
-        requested_models = frozenset(models)
+        wanted_models = json.dumps(sorted(models))
 
         def write(transaction: Transaction) -> list[Claim]:
             #: model -> how many of it may be claimed: all when it is due by age, else full chunks only.
             claimable: dict[str, int] = {}
             first_turn = 0
-            found = transaction.execute(_OLDEST_DUE, {"now": to_text(now)}).fetchall()
-            oldest = [(at, model) for model, at in found if at is not None and model in requested_models]
+            found = transaction.execute(_OLDEST_DUE, {"now": to_text(now), "models": wanted_models}).fetchall()
+            oldest = [(at, model) for model, at in found if at is not None]
             for oldest_created_at, model in sorted(oldest):
                 which = {"model": model, "now": to_text(now), "limit": limit}
                 due = transaction.execute(_COUNT_DUE, which).fetchone()[0]
@@ -1074,6 +1074,10 @@ class Requests:
     def _has_any(self, where: str, values: Mapping[str, Any]) -> bool:
         """Tell whether a write would find anything: reading needs no write lock, and most calls find nothing."""
         return self._database.row(f"SELECT 1 FROM requests WHERE {where} LIMIT 1", values) is not None
+
+    def recount_open(self) -> None:
+        """See `store.transition.recount_open`."""
+        recount_open(self._database)
 
     def backlog(self) -> list[ModelBacklog]:
         """Count the queued and the claimed requests by model."""

@@ -28,7 +28,7 @@ from typing import Any
 from store.clients.usage import count_outcomes
 from store.clients.webhooks import host_of
 from store.collections.members import complete_members, label_members
-from store.database import Transaction
+from store.database import Database, Transaction
 from store.pipelines.definition import PIPELINE
 from store.pipelines.runs import note_changes
 from store.processes.progress import forget_progress
@@ -72,6 +72,19 @@ _RETRIED = """
 _COUNT_OPEN = """
     INSERT INTO open_requests (model, count) VALUES (?, ?)
     ON CONFLICT (model) DO UPDATE SET count = count + excluded.count
+"""
+
+_NOT_ENDED = """
+    SELECT model, sum(count) AS count FROM (
+        SELECT model, count(*) AS count FROM requests INDEXED BY requests_queued WHERE state = 'queued' GROUP BY model
+        UNION ALL
+        SELECT model, count(*) FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
+    ) GROUP BY model
+"""
+
+_OPEN_DIFFERS = f"""
+    SELECT EXISTS (SELECT * FROM ({_NOT_ENDED}) EXCEPT SELECT model, count FROM open_requests)
+        OR EXISTS (SELECT model, count FROM open_requests WHERE count != 0 EXCEPT SELECT * FROM ({_NOT_ENDED}))
 """
 
 _ADD_CHANGE = "INSERT INTO changes (number, batch_id, state, at) VALUES (?, ?, ?, ?)"
@@ -164,6 +177,17 @@ def count_open(transaction: Transaction, models: Iterable[str], *, sign: int = 1
     """
     counts = Counter(models)
     transaction.execute_many(_COUNT_OPEN, [(model, sign * count) for model, count in counts.items()])
+
+
+def recount_open(database: Database) -> None:
+    """Correct `open_requests` where a process of an earlier version, which does not count, has changed requests."""
+
+    def write(transaction: Transaction) -> None:
+        transaction.execute("DELETE FROM open_requests")
+        transaction.execute(f"INSERT INTO open_requests (model, count) {_NOT_ENDED}")
+
+    if database.row(_OPEN_DIFFERS)[0]:
+        database.write(write)
 
 
 def end_empty_batch(transaction: Transaction, batch: Any, *, now: datetime) -> None:

@@ -57,6 +57,12 @@ class _FileGone(Exception):
     """Telegram does not give a photo any more."""
 
 
+def _as_refused(error: ClientError | _FileGone) -> Refused:
+    if isinstance(error, ClientError):
+        return Refused(error.reason, code=error.code, status=error.status)
+    return Refused("Telegram does not give the photo any more.", code="file_lost", status=404)
+
+
 class JobRunner:
     """Runs the steps of all jobs as they become due.
 
@@ -181,11 +187,12 @@ class JobRunner:
                 try:
                     shared = {name: await self._fetch(job.style_file or "") for name in inputs[1:]}
                     outcomes += await self._upload_part(job, model, part, inputs[0], shared)
-                except ClientError as error:
-                    # What the server has accepted is answered, although it does not take the rest.
-                    if not _is_final(error) or not any(isinstance(outcome, Request) for outcome in outcomes):
+                except (ClientError, _FileGone) as error:
+                    # What the server has accepted is answered, or cancelled there, although it does not get the rest.
+                    is_last = isinstance(error, _FileGone) or _is_final(error)
+                    if not is_last or not any(isinstance(outcome, Request) for outcome in outcomes):
                         raise
-                    outcomes += [Refused(error.reason, code=error.code, status=error.status)] * len(part)
+                    outcomes += [_as_refused(error)] * len(part)
         return outcomes
 
     async def _upload_part(

@@ -119,6 +119,18 @@ def test_the_provider_build_installs_tensorflow_only_to_compile_keras_models() -
     assert "ARG BACKENDS=" in stages(PROVIDER)["builder"]
 
 
+@BOTH
+def test_the_compiled_part_is_built_where_a_compiler_can_be_installed(file: Path) -> None:
+    compiler = of_kind("RUN", stages(file)["builder"])[0]
+    commands = " ".join(stages(file)["builder"])
+
+    assert compiler.startswith("RUN command -v gcc ") and " gcc libc6-dev " in compiler
+    assert compiler.split("||")[-1].lstrip().startswith("echo ")
+    if file == PROVIDER:
+        built = commands.index("setup.py --quiet build_ext --inplace")
+        assert built < commands.index("cp -R provider_image /image/code") < commands.index("$code/images/*.c")
+
+
 def test_the_provider_image_ships_without_the_compiler() -> None:
     commands = stages(PROVIDER)["builder"][-1]
     copied = commands.index("cp -R provider_image /image/code/opt/mlg/")

@@ -1,9 +1,10 @@
 """The local executor: warm worker processes on this machine.
 
 Made by the registry. Each worker runs the same program as a provider and keeps running, so that a model is loaded once
-and not per chunk. A worker with several threads has two chunks at a time, so that no thread waits for the last items of
-one. A worker that dies fails only its own chunk and is replaced immediately; if it had others at the same time, each is
-run again alone, so that no item is blamed for another.
+and not per chunk. It gets the next chunk while it runs one, and begins it at once when that has ended; until then a
+worker without work may take it over. A worker with several threads runs two chunks at a time, so that no thread waits
+for the last items of one. A worker that dies fails only its own chunk and is replaced immediately; if it ran others at
+the same time, each is run again alone, so that no item is blamed for another.
 
 Weaknesses compared with other executors: it is as fast as this machine, and a worker may use all of its memory.
 """
@@ -27,6 +28,7 @@ from typing import Any
 
 from batcher.backoff import Backoff
 from batcher.executors import ExecutorContext, Job, Outcome
+from batcher.executors.worker_jobs import LocalQueuedJob, WorkerJobs
 from batcher.executors.worker_process import WorkerProcess
 from batcher.waiting import wait_for_first
 from provider_image.backends import GPU
@@ -47,7 +49,7 @@ from provider_image.subprocesses import child_environment, exit_description, mod
 
 log = logging.getLogger(__name__)
 
-#: Jobs under way for each that a worker runs: that one, and one that is packed and queued, so that it never waits.
+#: Jobs under way for each that a worker runs: that one, and one that it has ahead or that is packed and queued.
 JOBS_PER_SLOT = 2
 #: Chunks that a worker with several threads has at the same time.
 _SHARED_CHUNKS = 2
@@ -59,59 +61,6 @@ MAX_FAILED_STARTS = 3
 _PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
 )
-
-
-@dataclass(kw_only=True, eq=False)
-class _LocalQueuedJob:
-    """A job that waits for a worker, or is run by one."""
-
-    job: Job
-    #: Set when the job is over; cancelled when the caller no longer waits.
-    outcome: asyncio.Future[Outcome]
-    #: When its time begins, by the event loop's clock: not before the jobs that its worker began earlier have ended.
-    started_at: float = 0.0
-    #: True if its worker had another job at any time while it ran this one.
-    was_shared: bool = False
-    #: True if it must not be run beside another, because it failed when it was.
-    must_be_alone: bool = False
-
-
-class _WorkerJobs:
-    """The jobs that one worker process runs, in the order in which it works on them."""
-
-    def __init__(self) -> None:
-        self._jobs: list[_LocalQueuedJob] = []
-        #: True when the process is about to be ended, so that it takes no more.
-        self.is_ending = False
-        #: True once a job has ended.
-        self.was_useful = False
-
-    @property
-    def is_idle(self) -> bool:
-        """True if the worker waits for a job."""
-        return not self._jobs and not self.is_ending
-
-    def may_take(self, queued_job: _LocalQueuedJob) -> bool:
-        """Tell whether the job may be run now."""
-        if self.is_ending:
-            return False
-        return not self._jobs or not any(each.must_be_alone for each in (*self._jobs, queued_job))
-
-    def add(self, queued_job: _LocalQueuedJob, now: float) -> None:
-        """Note that the job begins."""
-        self._jobs.append(queued_job)
-        queued_job.started_at, queued_job.was_shared = now, False
-        if len(self._jobs) > 1:
-            for each in self._jobs:
-                each.was_shared = True
-
-    def remove(self, queued_job: _LocalQueuedJob, now: float) -> None:
-        """Note that it has ended."""
-        place = self._jobs.index(queued_job)
-        del self._jobs[place]
-        for each in self._jobs[place:]:
-            each.started_at = now
-        self.was_useful = True
 
 
 def _parse_devices(variable: str, text: str) -> str:
@@ -198,12 +147,12 @@ class LocalExecutor:
             self._slots = _SHARED_CHUNKS + math.ceil(2 * self._settings.batch_items / MAX_ITEMS)
             self._options += ["--batch-items", str(self._settings.batch_items)]
         self._options += ["--chunks", str(self._slots)]
-        self._queued_jobs: deque[_LocalQueuedJob] = deque()
+        self._queued_jobs: deque[LocalQueuedJob] = deque()
         self._job_added = asyncio.Event()
         self._worker_loops: list[asyncio.Task[None]] = []
         self._workers: dict[int, WorkerProcess] = {}
         #: What the workers run that have warmed up.
-        self._worker_jobs: dict[int, _WorkerJobs] = {}
+        self._worker_jobs: dict[int, WorkerJobs] = {}
         self._is_closed = False
 
     async def start(self) -> None:
@@ -234,9 +183,9 @@ class LocalExecutor:
     async def run(self, job: Job) -> Outcome:
         if self._is_closed:
             return Outcome.not_run(WorkerDied("The executor is closed."))
-        queued_job = _LocalQueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
+        queued_job = LocalQueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
         self._queued_jobs.append(queued_job)
-        self._job_added.set()
+        self._notify()
         return await queued_job.outcome
 
     def stop_seconds(self) -> float:
@@ -263,7 +212,7 @@ class LocalExecutor:
             if self._settings.gpus:
                 options += ["--device", self._settings.gpus[number]]
             worker = WorkerProcess(number, folder, options, self._context.environment, self._timings)
-            jobs, started_at, has_started = _WorkerJobs(), loop.time(), False
+            jobs, started_at, has_started = WorkerJobs(self._slots), loop.time(), False
             try:
                 try:
                     await worker.start()
@@ -275,6 +224,7 @@ class LocalExecutor:
                 finally:
                     self._workers.pop(number, None)
                     self._worker_jobs.pop(number, None)
+                    self._notify()  # others may have left jobs to this worker
                     await worker.stop(is_forced=not self._is_closed)
             except Exception as error:
                 if isinstance(error, WorkerDied):
@@ -291,22 +241,23 @@ class LocalExecutor:
                 pauses += 1
                 await asyncio.sleep(self._timings.restart_backoff.after(pauses))
 
-    async def _run_jobs(self, worker: WorkerProcess, jobs: _WorkerJobs) -> None:
+    async def _run_jobs(self, worker: WorkerProcess, jobs: WorkerJobs) -> None:
         """Run jobs, several at a time, until one ends the worker. :raises WorkerDied: it ended while it was idle."""
         loop = asyncio.get_running_loop()
 
         async def run_in_turn() -> None:
             while (queued_job := await self._next_job(worker, jobs)) is not None:
                 jobs.add(queued_job, loop.time())
-                self._job_added.set()  # another worker may take the next one, now that this is not idle
+                self._notify()  # another worker may take the next one, now that this is not idle
                 try:
-                    if not await self._run_job(worker, queued_job):
+                    if not await self._run_job(worker, jobs, queued_job):
                         return
                 finally:
                     jobs.remove(queued_job, loop.time())
-                    self._job_added.set()  # it may have kept others from being taken
+                    self._notify()  # it may have kept others from being taken
 
-        slots = [asyncio.create_task(run_in_turn()) for _ in range(self._slots)]
+        # One more than it runs, for the job that it has ahead.
+        slots = [asyncio.create_task(run_in_turn()) for _ in range(self._slots + 1)]
         try:
             await asyncio.wait(slots, return_when=asyncio.FIRST_COMPLETED)
             jobs.is_ending = True
@@ -321,35 +272,52 @@ class LocalExecutor:
                 slot.cancel()
             await asyncio.gather(*slots, return_exceptions=True)
 
-    async def _next_job(self, worker: WorkerProcess, jobs: _WorkerJobs) -> _LocalQueuedJob | None:
+    async def _next_job(self, worker: WorkerProcess, jobs: WorkerJobs) -> LocalQueuedJob | None:
         """Wait for a job; None if the worker takes no more. :raises WorkerDied: it ended while it was idle."""
         while not worker.has_ended:
             if jobs.is_ending:
                 return None
-            is_next = jobs.is_idle or not any(each.is_idle for each in self._worker_jobs.values())
-            if is_next and self._queued_jobs and jobs.may_take(self._queued_jobs[0]):
-                return self._queued_jobs.popleft()
-            self._job_added.clear()
+            while self._queued_jobs and self._queued_jobs[0].outcome.done():
+                self._queued_jobs.popleft()  # it was cancelled
+            # What others have ahead is older than what is queued, and is then queued again before it.
+            comes_back = jobs.has_free_slot and any(each.take_back() for each in self._worker_jobs.values())
+            if self._queued_jobs and not comes_back:
+                able = [each for each in (jobs, *self._worker_jobs.values()) if each.may_take(self._queued_jobs[0])]
+                if jobs in able and len(jobs) <= min(map(len, able)):
+                    return self._queued_jobs.popleft()
             await wait_for_first(self._job_added.wait(), worker.wait())
         raise WorkerDied("It ended while it was idle.")
 
-    async def _run_job(self, worker: WorkerProcess, queued_job: _LocalQueuedJob) -> bool:
-        """Run one job, unless it was cancelled. :return: whether the worker can go on."""
+    def _notify(self) -> None:
+        """Let all that wait for a job look again."""
+        self._job_added.set()
+        self._job_added = asyncio.Event()
+
+    async def _run_job(self, worker: WorkerProcess, jobs: WorkerJobs, queued_job: LocalQueuedJob) -> bool:
+        """Give the worker a job, and wait for its end or until nobody waits for it.
+
+        :return: whether the worker can go on.
+        """
         job, outcome, loop = queued_job.job, queued_job.outcome, asyncio.get_running_loop()
-        if outcome.done():
-            return True
-        started_at = loop.time()
-        running = asyncio.create_task(worker.run_chunk(job.chunk, job.results, job.on_progress))
+
+        def begin() -> None:
+            jobs.begin(queued_job, loop.time())
+            if job.on_start is not None:
+                job.on_start()
+
+        running = asyncio.create_task(worker.run_chunk(job.chunk, job.results, job.on_progress, begin))
+        queued_job.reply = running
         waits: set[asyncio.Future[Any]] = {running, outcome}
         error: MlgError | None = None
         can_go_on = False
         try:
-            if job.on_start is not None:
-                job.on_start()
             while (left := queued_job.started_at + job.timeout_seconds - loop.time()) > 0:
-                if (await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED))[0]:
+                timeout = min(left, job.timeout_seconds)  # its time may begin meanwhile
+                if (await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED))[0]:
                     break
-            if running.done():
+            if running.cancelled():
+                can_go_on = True
+            elif running.done():
                 reply = running.result()
                 error = None if reply.get("ok") is True else error_from_reply(reply)
                 can_go_on = True
@@ -367,22 +335,29 @@ class LocalExecutor:
             log.exception("worker %d failed", worker.number, extra={"chunk_id": job.chunk_id})
             error = ChunkError(f"{type(unexpected).__name__}: {unexpected}")
         finally:
+            queued_job.reply = None
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+        has_begun = math.isfinite(queued_job.begun_at)
         if outcome.done():
             log.info("worker %d: its chunk was cancelled", worker.number, extra={"chunk_id": job.chunk_id})
-            return can_go_on
-        if not can_go_on and queued_job.was_shared:
-            # Another job of the worker may be why. What is run alone and fails again has failed by itself.
-            queued_job.must_be_alone = True
+            return can_go_on or not has_begun
+        was_taken_back = running.cancelled() and can_go_on
+        queued_job.unbegun += not can_go_on and not has_begun
+        is_untried = not has_begun and queued_job.unbegun < MAX_FAILED_STARTS
+        was_innocent = queued_job.was_shared or queued_job.has_ended or is_untried
+        if was_taken_back or (not can_go_on and was_innocent):
+            # The worker did not begin it, or another job may be why it failed. What is run alone and fails again has
+            # failed by itself.
+            queued_job.must_be_alone |= queued_job.was_shared and not queued_job.has_ended
             self._queued_jobs.appendleft(queued_job)
-            self._job_added.set()
-            return False
+            self._notify()
+            return can_go_on
         # A worker that was asked to stop replies so; only one that died during a chunk makes its items suspicious.
-        is_blameless = can_go_on and isinstance(error, WorkerDied)
+        is_blameless = isinstance(error, WorkerDied) if can_go_on else not has_begun
         if not can_go_on:
             log.warning("worker %d: %s", worker.number, error, extra={"chunk_id": job.chunk_id})
-        seconds = loop.time() - started_at
+        seconds = loop.time() - queued_job.begun_at if has_begun else 0.0
         outcome.set_result(Outcome(provider=self._provider, seconds=seconds, error=error, is_blameless=is_blameless))
         return can_go_on
 

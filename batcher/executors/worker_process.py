@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_LINE_BYTES = 1024 * 1024
-#: How a line begins that is no reply.
-_PROGRESS = b'{"progress":'
+#: How lines begin that are no reply.
+_PROGRESS, _BEGAN = b'{"progress":', b'{"began":'
 
 
 class WorkerProcess:
@@ -86,18 +86,29 @@ class WorkerProcess:
             await self._process.wait()
 
     async def run_chunk(
-        self, chunk: Path, results: Path, on_progress: Callable[[ProgressReport], None] | None = None
+        self,
+        chunk: Path,
+        results: Path,
+        on_progress: Callable[[ProgressReport], None] | None = None,
+        on_begin: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        """Run one chunk and return the reply. :raises WorkerDied: the process ended before it replied."""
+        """Run one chunk, after those that were sent before, and return the reply.
+
+        :param on_begin: called when the process begins it; until then, cancelling the call takes it back.
+        :raises WorkerDied: the process ended before it replied.
+        """
         received = b""
         job = {"chunk": str(chunk), "results": str(results), "progress": on_progress is not None}
+        job["announce"] = on_begin is not None
         try:
             reader, writer = await asyncio.open_unix_connection(str(socket_path(self._folder)), limit=_MAX_LINE_BYTES)
             try:
                 writer.write(json.dumps(job).encode() + b"\n")
                 await writer.drain()
-                while (received := await reader.readline()).startswith(_PROGRESS):
-                    if on_progress is not None:
+                while (received := await reader.readline()).startswith((_PROGRESS, _BEGAN)):
+                    if on_begin is not None and received.startswith(_BEGAN):
+                        on_begin()
+                    elif on_progress is not None:
                         self._report(received, on_progress)
             finally:
                 writer.close()

@@ -18,6 +18,7 @@ from provider_image.models.artefact import Artefact, check_files, read_artefact
 SOURCES = (
     "constraints.txt",
     "setup.cfg",
+    "setup.py",
     "pyproject.toml",
     "README.md",
     "LICENSE",
@@ -73,7 +74,7 @@ def make_context(context: Path, *, weights: Path | None, artefacts: Iterable[Art
             target = context / source
             target.parent.mkdir(parents=True, exist_ok=True)
             if (_CHECKOUT / source).is_dir():
-                shutil.copytree(_CHECKOUT / source, target, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(_CHECKOUT / source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
             else:
                 shutil.copy2(_CHECKOUT / source, target)
         for file in sorted(weights.iterdir()) if weights is not None else ():

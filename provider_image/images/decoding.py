@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import DAMAGED_FILE_ERRORS, BadInput, BrokenImage, UnsupportedFormat
 from provider_image.images.headers import MAX_DECODING_BYTES, MAX_PIXELS, ImageHeader, read_header
+from provider_image.images.resampling import resampler
 
 if TYPE_CHECKING:
     import numpy as np
@@ -293,7 +294,7 @@ class _UprightImage:
         is_usual_order = 4 * self.size[0] * self.size[1] + between_bytes <= MAX_DECODING_BYTES
         image = self._whole(between_bytes) if is_usual_order else None
         if image is not None:
-            return image.resize(target, filter, box)
+            return resampler().resize(image, target, filter, box)
         # Bands follow one another along this axis: rows, or columns if the vertical pass comes first.
         axis = 1 if is_usual_order else 0
         other = 1 - axis

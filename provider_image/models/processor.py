@@ -30,12 +30,6 @@ def processor_id(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]
 
 
-def has_wide_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Tell whether products of 8-bit numbers are added up in 32 bits: others of x86-64 add two of them in 16 first."""
-    flags = _flags(cpuinfo)
-    return "avx_vnni" in flags or "avx512_vnni" in flags or "asimd" in flags
-
-
 def _flags(cpuinfo: Path) -> list[str]:
     return (proc_field(cpuinfo, "flags") or proc_field(cpuinfo, "Features") or "").split()
 

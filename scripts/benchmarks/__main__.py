@@ -20,6 +20,7 @@ NAMES = (
     "models",
     "peers",
     "precision",
+    "resizing",
     "retention",
     "scale",
     "sessions",

@@ -1,10 +1,11 @@
 """Images per second of other servers and of `mlg up`: the same images, model and client, in turns.
 
 Each peer is installed in an environment of its own, outside of this project, in the versions below. All compute the
-same, by the code in `peer_servers/classifier.py`: Pillow decodes, OpenVINO infers in f32, on as many processes or
-threads as there are cores. Each peer is configured as its documentation advises for throughput. All get the images as
-forms over the same number of connections that stay open. A peer answers when it has computed, and keeps nothing; mlg
-answers when the image is safe on the disk, and its time ends when the last answer is recorded there.
+same, the peers by the code in `peer_servers/classifier.py`: Pillow decodes and resizes, OpenVINO infers in f32, on as
+many processes or threads as there are cores. mlg resizes by its compiled part, to the same pixels. Each peer is
+configured as its documentation advises for throughput. All get the images as forms over the same number of connections
+that stay open. A peer answers when it has computed, and keeps nothing; mlg answers when the image is safe on the disk,
+and its time ends when the last answer is recorded there.
 
 The plain limit is one process that decodes and infers in one thread for each core, without HTTP and store.
 """
@@ -231,7 +232,10 @@ def run_ours(home: Path, load: Load) -> Seen:
     url = f"{system.base}/requestPrediction/{MODEL}"
 
     def wait_for(count: int) -> None:
+        deadline = time.monotonic() + 600
         while (states := dict(system.query("SELECT state, count(*) FROM requests GROUP BY state"))) != {"done": count}:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not answered within 10 minutes: {states}")
             if "failed" in states:
                 raise RuntimeError(f"{states['failed']} failed")
             time.sleep(0.02)

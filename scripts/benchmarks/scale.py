@@ -1,8 +1,8 @@
 """What a request costs as each quantity grows: queue, kept requests, models, API keys, items of a batch, workers.
 
-One figure for each power of ten, and for the models each power of two beside. Times of the store are milliseconds of
-processor time, which other work on the machine changes little; those of pages are milliseconds by the clock. Each size
-is measured in a process of its own, whose peak memory is shown. Where a figure grows, docs/measurements.md says why.
+One figure for each power of ten. Times of the store are milliseconds of processor time, which other work on the machine
+changes little; those of pages are milliseconds by the clock. Each size is measured in a process of its own, whose peak
+memory is shown. Where a figure grows, docs/measurements.md says why.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def add_key(store: Store, name: str) -> tuple[str, str]:
 
 
 def page_ms(folder: Path, home: Path, key: str, times: int) -> Figures:
-    """Measure the home page of a server whose API keys are required, and an answer that still waits."""
+    """Measure the home page of a server that requires API keys, the first time and then."""
     headers = {"Accept": "text/html", "Authorization": f"Bearer {key}"}
     with processes.serving_home(folder, home) as base, httpx.Client(base_url=base, timeout=120) as client:
         first, *others = milliseconds(

@@ -1,7 +1,7 @@
 """What is queued and which batchers work, cached for a moment.
 
-Counting a long queue takes milliseconds, so a server process counts at most once a second, in the background while
-readers use the counts there are. Used for estimates, for the limit on the backlog, and by the dashboard.
+What batchers have claimed is counted one by one, so a server process counts at most once a second, in the background
+while readers use the counts there are. Used for estimates, for the limit on the backlog, and by the dashboard.
 """
 
 from __future__ import annotations

@@ -108,7 +108,9 @@ async def local(folder: Path, models: Path, environment: dict[str, str]) -> Asyn
 @contextlib.asynccontextmanager
 async def fallback(folder: Path, models: Path, environment: dict[str, str]) -> AsyncIterator[ExecutorHarness]:
     """Two executors of one worker each: what one does not begin goes to the other."""
-    context = make_context(folder / "work", models, MLG_WORKERS="1", MLG_FALLBACK_SECONDS="0.5", **environment)
+    context = make_context(
+        folder / "work", models, MLG_WORKERS="1", MLG_FALLBACK_SECONDS=str(2 * slowness()), **environment
+    )
     yield ExecutorHarness(load_executor("local,local", context), folder / "jobs", context.work)
 
 
@@ -176,7 +178,7 @@ def test_as_many_jobs_as_workers_run_in_parallel_and_the_rest_of_the_capacity_is
             harness.open(name)
         outcomes = await asyncio.gather(*runs)
 
-        assert len(pids) == harness.executor.workers()
+        assert len(pids) == WORKERS, "each worker runs its part of them"
         assert [outcome.error for outcome in outcomes] == [None] * len(names)
 
     harness(body)
@@ -247,7 +249,7 @@ def test_it_knows_its_limits_and_whom_it_trusts(harness: Any) -> None:
     async def body(harness: ExecutorHarness) -> None:
         executor = harness.executor
 
-        assert executor.capacity(MODEL) >= executor.workers() == WORKERS
+        assert executor.capacity(MODEL) >= executor.workers() >= WORKERS
         assert executor.unavailable_reason(MODEL) is None
         assert executor.is_remote != executor.is_trusted, "strangers get no originals, and are not believed"
 

@@ -235,6 +235,10 @@ def test_only_images_with_a_problem_have_a_line(artefact: Path) -> None:
     damaged = "\n".join(describe(check_model(artefact, seconds=SECONDS)))
 
     assert "selftest-" not in intact
+    assert any(
+        line.split()[0] == "resizing" and line.split()[1].rstrip(":") in ("avx2", "pillow")
+        for line in intact.splitlines()
+    )
     assert intact.splitlines()[-1].split() == ["verdict", "ok"]
     assert damaged.count("selftest-") == 1
     assert "the result differs by 0.002 from the recorded one" in damaged

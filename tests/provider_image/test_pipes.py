@@ -74,17 +74,21 @@ def test_a_warm_process_that_ends_is_noticed_by_who_waits_and_by_who_comes_later
     program = f"import pathlib, provider_image.pipes as p, time; p.ChunkPipes(pathlib.Path({str(folder)!r}))"
     process = subprocess.Popen([sys.executable, "-c", f"{program}; time.sleep(1000)"], cwd=ROOT, env=environment())
     wait_until(lambda: accepts_next(folder))
-    waiting = begin_next(tmp_path / "place", "results.zip", "chunk.zip", "results.zip")
+    finished, earlier = tmp_path / "finished.zip", tmp_path / "earlier.zip"
+    finished.touch()
+    earlier.touch()  # another chunk had this name for its results
+    waiting = begin_next(tmp_path / "place", earlier, tmp_path / "chunk.zip", earlier)
     wait_until(lambda: is_reading(waiting.pid))
 
     process.kill()
     process.wait()
     out, err = waiting.communicate(timeout=60)
-    later = run_next(tmp_path / "place", "results.zip")
+    later = run_next(tmp_path / "place", earlier)
 
     assert (waiting.returncode, out) == (1, "")
     assert "ended before it had written the results" in err
     assert later[0] == 1 and "mlg-provider run" in later[1]
+    assert run_next(tmp_path / "place", finished) == (0, ""), "its report was lost, its results are there"
 
 
 def is_reading(pid: int) -> bool:

@@ -122,7 +122,7 @@ def test_limit_of_a_chunk_counts_only_during_the_chunk(tmp_path, models_folder, 
     server = _WarmServer(None, tmp_path / "socket", Watching(models_folder), 0)
 
     replies = [
-        server._run_job(json.dumps({**job(chunk, tmp_path / "r.zip"), **limit}).encode(), None, ProgressBoard())
+        server._run_job(json.dumps({**job(chunk, tmp_path / "r.zip"), **limit}).encode(), None, None, ProgressBoard())
         for limit in ({"limit_seconds": 500}, {})
     ]
 

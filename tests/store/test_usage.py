@@ -114,3 +114,19 @@ def test_a_request_of_an_earlier_version_ends_without_being_counted(home: Path) 
 
         (total,) = store.usage.list(since=NOW.date(), until=NOW.date())
     assert (total.accepted, total.cancelled) == (1, 0)
+
+
+def test_numbers_that_an_earlier_version_left_wrong_are_corrected(home: Path) -> None:
+    with closing(open_store(home)) as store:
+        add(store)
+        add(store)
+        right = store.requests.backlog()
+        for wrong in ("DELETE FROM open_requests", "UPDATE open_requests SET count = count - 5"):
+            store.database.execute(wrong)
+            assert store.requests.backlog() != right
+
+            store.requests.recount_open()
+
+            assert store.requests.backlog() == right
+        store.requests.recount_open()
+        assert store.database.row("SELECT sum(count) FROM open_requests")[0] == 2

@@ -45,8 +45,6 @@ log = logging.getLogger(__name__)
 
 #: A warm process of a provider that gets no chunk ends after five minutes.
 _WARM_SECONDS = 240.0
-#: Numbers for the files of chunks at the provider, more than it has chunks at once.
-_SLOTS = 64
 #: Limit for attempts of any kind, those that failed through this machine or the daemon included.
 _MAX_ATTEMPTS = 10
 #: How long a call that hangs is waited for when the worker ends.
@@ -109,7 +107,6 @@ class GolemWorker:
         #: The attempts whose chunks were sent, and when a script ended last, by the clock of `elapsed`.
         self._sent: set[Attempt] = set()
         self._worked_at = 0.0
-        self._slot = 0
 
     def seconds(self) -> float:
         """Return how long it has been running, or ran."""
@@ -424,12 +421,19 @@ class GolemWorker:
         """Reserve what jobs may cost, together with those under way, and begin them; others go back, or are over."""
         job_queue, speed = self._parts.job_queue, self._speed()
         try:
-            attempts = [self._new_attempt(queued_job) for queued_job in queued_jobs]
+            used = {attempt.slot for attempt in self.attempts}
+            free = [slot for slot in range(len(used) + len(queued_jobs)) if slot not in used]
+            attempts = [self._new_attempt(each, slot) for each, slot in zip(queued_jobs, free, strict=False)]
             seconds = self._parts.chunk_seconds([*self.attempts, *attempts], speed) + self._timings.overtime_seconds
             is_too_much = seconds > self.demand.seconds_left()
             if not is_too_much:
                 await self.reservation.extend(self.reservation.seconds() + seconds)
         except BudgetReached as error:
+            if len(queued_jobs) == 1 and self.attempts:
+                # The limits of all together do not fit; it may be possible when those have ended.
+                if not is_second_attempt:
+                    self._put_back(queued_jobs)
+                return
             if len(queued_jobs) == 1:
                 self.is_stopping = True
                 if not is_second_attempt:
@@ -452,7 +456,8 @@ class GolemWorker:
         elif len(queued_jobs) > 1:
             # One of them may be possible.
             self._put_back(queued_jobs[1:])
-            await self._begin(queued_jobs[:1], is_second_attempt=is_second_attempt)
+            if not queued_jobs[0].outcome.done():
+                await self._begin(queued_jobs[:1], is_second_attempt=is_second_attempt)
         else:
             # The provider would end the agreement before the chunk; a worker of the next demand takes it.
             self.is_stopping = True
@@ -463,13 +468,12 @@ class GolemWorker:
         for queued_job in reversed(queued_jobs):
             self._parts.job_queue.put(queued_job, is_retry=True)
 
-    def _new_attempt(self, queued_job: QueuedJob) -> Attempt:
-        self._slot = (self._slot + 1) % _SLOTS
+    def _new_attempt(self, queued_job: QueuedJob, slot: int) -> Attempt:
         return Attempt(
             queued_job=queued_job,
             size_bytes=queued_job.job.chunk.stat().st_size,
             received=self._parts.context.work / f"{secrets.token_hex(8)}.part",
-            slot=self._slot,
+            slot=slot,
         )
 
     def _start_attempt(self, attempt: Attempt, speed: float | None, *, is_second_attempt: bool) -> None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from provider_image.backends.openvino import import_openvino
 from provider_image.errors import CompilerMissing
-from provider_image.models.processor import has_wide_int8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,8 +47,8 @@ def quantise(graph: Path, images: Sequence[Image], in_f32: Sequence[str] = (), *
     :raises CompilerMissing: NNCF is not installed.
     """
     nncf = _import_nncf()
-    # On a processor that adds up products of 8 bits in 16, these overflow: weights have 7 bits then.
-    fix = nncf.OverflowFix.DISABLE if has_wide_int8() else nncf.OverflowFix.ENABLE
+    # On a processor that adds up products of 8 bits in 16 bits, these overflow. The copy may run on such a one too.
+    fix = nncf.OverflowFix.ENABLE
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         return nncf.quantize(
             import_openvino().Core().read_model(graph),

@@ -14,15 +14,18 @@ from typing import Any
 
 import pytest
 
-from batcher.executors import Job
-from batcher.executors.local import LocalExecutor, LocalTimings
+from batcher.executors import Job, Outcome
+from batcher.executors import local as local_module
+from batcher.executors.local import _PIXEL, LocalExecutor, LocalTimings
 from batcher.executors.worker_process import WorkerProcess
 from provider_image.chunk import ChunkItem, read_results, write_chunk
+from provider_image.cores import Share
 from provider_image.errors import ChunkError, WorkerDied
 from provider_image.images.headers import media_type
 from provider_image.progress import ProgressReport
 from provider_image.subprocesses import child_environment
 from tests.contexts import make_context
+from tests.decode_gate import DECODE_GATE
 from tests.extensions import FOLDER, install_extension_models
 from tests.timing import until
 
@@ -266,6 +269,115 @@ def test_a_malformed_report_is_dropped(tmp_path: Path, caplog: pytest.LogCapture
 
     assert reports == []
     assert len(caplog.messages) == 3
+
+
+class HeldJobs:
+    """Jobs that a worker of one thread begins, and does not finish before they are opened."""
+
+    def __init__(self, folder: Path, models: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+        monkeypatch.setattr(local_module, "divide_cores", lambda processes: [Share(threads=1)] * processes)
+        self.folder = folder
+        environment = with_plugin(folder / "plugin", DECODE_GATE)
+        self.executor = LocalExecutor(make_context(folder / "work", models, MLG_WORKERS=str(workers), **environment))
+
+    def start(self, name: str) -> asyncio.Task[Outcome]:
+        image = _PIXEL + b"HOLD:" + bytes(self.folder / f"{name}.gate")
+        item = ChunkItem(number=0, inputs={"image": image})
+        write_chunk(self.folder / f"{name}.zip", name, "classification", MODEL, None, [item])
+        each = replace(job(self.folder), chunk_id=name, chunk=self.folder / f"{name}.zip", timeout_seconds=300)
+        return asyncio.create_task(self.executor.run(replace(each, results=self.folder / f"{name}.results.zip")))
+
+    def open(self, name: str) -> None:
+        (self.folder / f"{name}.gate").touch()
+
+    def has_begun(self, name: str) -> bool:
+        return (self.folder / f"{name}.begun").exists()
+
+    async def pid(self, name: str) -> int:
+        await until(lambda: self.has_begun(name))
+        return int((self.folder / f"{name}.begun").read_text())
+
+    async def sent_ahead(self) -> int:
+        """Wait until a job has been sent ahead, and return the id of the process that has it."""
+        number = await until(self._worker_with_more)
+        pid = self.executor._workers[number - 1].pid
+        assert pid is not None
+        return pid
+
+    def _worker_with_more(self) -> int:
+        """Return the number of the worker that has a job which it has not begun, counted from 1; 0 if there is none."""
+        each_jobs = self.executor._worker_jobs.items()
+        return next((number + 1 for number, jobs in each_jobs if len(jobs._jobs) > len(jobs._begun)), 0)
+
+
+def test_a_job_that_was_sent_ahead_is_run_by_the_next_worker_if_this_one_dies(
+    tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        jobs = HeldJobs(tmp_path, models_folder, monkeypatch, workers=1)
+        await jobs.executor.start()
+        first, second = jobs.start("first"), jobs.start("second")
+        jobs.open("second")
+        pid = await jobs.pid("first")
+        assert await jobs.sent_ahead() == pid
+
+        os.kill(pid, signal.SIGKILL)
+        killed, outcome = await first, await second
+
+        await jobs.executor.close()
+        assert isinstance(killed.error, WorkerDied) and not killed.is_blameless
+        assert outcome.error is None
+
+    asyncio.run(main())
+
+
+def test_an_idle_worker_takes_over_a_job_that_was_sent_ahead(
+    tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        jobs = HeldJobs(tmp_path, models_folder, monkeypatch, workers=2)
+        await jobs.executor.start()
+        held = {name: jobs.start(name) for name in ("one", "two")}
+        pids = {name: await jobs.pid(name) for name in held}
+        third = jobs.start("third")
+        busy = await jobs.sent_ahead()
+        (other,) = (name for name, pid in pids.items() if pid != busy)
+
+        jobs.open(other)
+        pid = await jobs.pid("third")
+        jobs.open("third")
+        outcome = await third
+
+        assert (outcome.error, pid) == (None, pids[other])
+        assert [task.done() for name, task in held.items() if name != other] == [False]
+        await jobs.executor.close()
+
+    asyncio.run(main())
+
+
+def test_a_job_that_is_cancelled_after_it_was_sent_ahead_is_left_out(
+    tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        jobs = HeldJobs(tmp_path, models_folder, monkeypatch, workers=1)
+        await jobs.executor.start()
+        first, unwanted = jobs.start("first"), jobs.start("unwanted")
+        pid = await jobs.pid("first")
+        await jobs.sent_ahead()
+
+        unwanted.cancel()
+        await asyncio.wait({unwanted})
+        third = jobs.start("third")
+        for name in ("first", "third"):
+            jobs.open(name)
+        outcomes = await first, await third
+
+        assert [outcome.error for outcome in outcomes] == [None, None]
+        assert not jobs.has_begun("unwanted")
+        assert jobs.executor.pids() == [pid]
+        await jobs.executor.close()
+
+    asyncio.run(main())
 
 
 def test_processes_that_see_bytes_of_strangers_get_no_secrets() -> None:

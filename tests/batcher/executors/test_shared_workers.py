@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from batcher.executors import Job
 from batcher.executors import local as local_module
-from batcher.executors.local import LocalExecutor, LocalSettings, _LocalQueuedJob, _WorkerJobs
+from batcher.executors.local import LocalExecutor, LocalSettings
+from batcher.executors.worker_jobs import LocalQueuedJob, WorkerJobs
 from provider_image.cores import Share
 from provider_image.errors import ChunkTimeout, ConfigError, WorkerDied
 from provider_image.schemas import MAX_ITEMS
@@ -28,9 +30,11 @@ class Process:
 
     def __init__(self, number: int, *_: Any) -> None:
         self.number, self.pid = number, 1
+        self.sent: list[str] = []
         self.begun: list[str] = []
         #: Chunks under way, and the most of them.
         self.current = self.most = 0
+        self.free = asyncio.Semaphore(2)
         self.ended = asyncio.Event()
         self.released = asyncio.Event()
 
@@ -50,16 +54,24 @@ class Process:
     async def stop(self, *, is_forced: bool = False) -> None:
         self.kill()
 
-    async def run_chunk(self, chunk: Path, results: Path, on_progress: Any = None) -> dict[str, Any]:
+    async def run_chunk(
+        self, chunk: Path, results: Path, on_progress: Any = None, on_begin: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
         if chunk.name.startswith("warm-up"):
             return {"ok": True}
-        self.begun.append(chunk.name)
-        self.current += 1
-        self.most = max(self.most, self.current)
-        try:
-            return await self._run(chunk)
-        finally:
-            self.current -= 1
+        self.sent.append(chunk.name)
+        async with self.free:
+            if self.has_ended:
+                raise WorkerDied("It died.")
+            self.begun.append(chunk.name)
+            self.current += 1
+            self.most = max(self.most, self.current)
+            try:
+                if on_begin is not None:
+                    on_begin()
+                return await self._run(chunk)
+            finally:
+                self.current -= 1
 
     async def _run(self, chunk: Path) -> dict[str, Any]:
         died, released = (asyncio.create_task(each.wait()) for each in (self.ended, self.released))
@@ -129,9 +141,9 @@ def test_chunk_beside_one_that_ends_the_worker_is_run_again_alone(
 
 def test_chunk_that_must_be_alone_is_not_run_beside_another() -> None:
     async def main() -> None:
-        jobs = _WorkerJobs()
+        jobs = WorkerJobs(2)
         first, second = (
-            _LocalQueuedJob(job=make_job(name), outcome=asyncio.get_running_loop().create_future()) for name in "ab"
+            LocalQueuedJob(job=make_job(name), outcome=asyncio.get_running_loop().create_future()) for name in "ab"
         )
         second.must_be_alone = True
 
@@ -149,16 +161,42 @@ def test_chunk_that_must_be_alone_is_not_run_beside_another() -> None:
 
 def test_time_of_a_chunk_begins_when_those_before_it_have_ended() -> None:
     async def main() -> None:
-        jobs = _WorkerJobs()
+        jobs = WorkerJobs(2)
         first, second, third = (
-            _LocalQueuedJob(job=make_job(name), outcome=asyncio.get_running_loop().create_future()) for name in "abc"
+            LocalQueuedJob(job=make_job(name), outcome=asyncio.get_running_loop().create_future()) for name in "abc"
         )
         for now, each in enumerate((first, second, third)):
             jobs.add(each, float(now))
+        # The worker should begin two of them; if it does not, that is noticed too.
+        assert (first.started_at, second.started_at, third.started_at) == (0.0, 1.0, math.inf)
+        jobs.begin(first, 3.0)
+        jobs.begin(second, 4.0)
+        jobs.begin(third, 5.0)
 
         jobs.remove(second, 10.0)
 
-        assert (first.started_at, third.started_at) == (0.0, 10.0)
+        assert (first.started_at, third.started_at) == (3.0, 10.0)
+        assert first.was_shared and third.was_shared and not first.has_ended
+
+    asyncio.run(main())
+
+
+def test_only_job_is_left_to_the_worker_that_got_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with executor(tmp_path, monkeypatch, workers=2) as running:
+            await until(lambda: len(running._worker_jobs) == 2)
+            for each in Process.started:
+                await each.free.acquire()
+                await each.free.acquire()  # what it gets, it does not begin yet
+            task = asyncio.create_task(running.run(make_job("one")))
+            await until(lambda: any(each.sent for each in Process.started))
+            for _ in range(50):
+                await asyncio.sleep(0)
+            assert sorted(each.sent for each in Process.started) == [[], ["one"]]
+            for each in Process.started:
+                each.released.set()
+                each.free.release()
+            assert (await task).error is None
 
     asyncio.run(main())
 

@@ -22,7 +22,7 @@ from provider_image.compiler.reduced.comparison import compare, wilson_interval
 from provider_image.compiler.reduced.photos import list_photos, split
 from provider_image.errors import BrokenArtefact, ConfigError, UnsuitableModel
 from provider_image.models.artefact import Artefact, find_artefact, read_artefact
-from provider_image.models.processor import has_wide_int8, processor_id
+from provider_image.models.processor import processor_id
 from provider_image.models.quickest import find_copies, find_quickest
 from provider_image.runtime import NetCache, run_chunk
 from tests.reduced_models import install_colours, photo, write_photos
@@ -228,4 +228,3 @@ def test_a_kind_of_processor_is_its_name_and_its_instructions(tmp_path: Path) ->
     plain = cpuinfo("model name\t: X\nflags\t\t: fpu avx2\n")
 
     assert processor_id(amx) == processor_id(reordered) != processor_id(plain)
-    assert has_wide_int8(amx) and not has_wide_int8(plain)
