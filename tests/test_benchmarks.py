@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import shlex
@@ -12,20 +11,23 @@ import click
 import pytest
 
 from provider_image.images.decoding import decode
-from scripts.benchmarks import all as all_benchmarks
-from scripts.benchmarks import page, peers, photos, scale, stored_requests
-from scripts.benchmarks.measuring import print_table
+from scripts.benchmarks.execution import peers
+from scripts.benchmarks.registry import RUNS, import_benchmark
+from scripts.benchmarks.serving import scale
+from scripts.benchmarks.support import page, photos, stored_requests
+from scripts.benchmarks.support.measuring import print_table
 from store.states import RequestState
 
-MAIN = Path(__file__).parents[1] / "scripts/benchmarks/__main__.py"
+FOLDER = Path(__file__).parents[1] / "scripts/benchmarks"
 
 
-def test_every_benchmark_is_on_the_page_with_options_that_it_has() -> None:
-    names = set(re.findall(r'^    "(\w+)",$', MAIN.read_text(), re.MULTILINE))
+def test_every_benchmark_can_be_run_and_has_the_options_of_the_page() -> None:
+    folders = {run.folder for run in RUNS.values()}
+    commands = {path.stem for each in folders for path in (FOLDER / each).glob("*.py") if "def main" in path.read_text()}
 
-    assert set(all_benchmarks.RUNS) == names - {"all"}
-    for name, run in all_benchmarks.RUNS.items():
-        command: click.Command = importlib.import_module(f"scripts.benchmarks.{name}").main
+    assert set(RUNS) == commands
+    for name, run in RUNS.items():
+        command: click.Command = import_benchmark(name).main
         command.make_context(name, shlex.split(run.options))
 
 

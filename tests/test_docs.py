@@ -27,6 +27,7 @@ from batcher.settings import BatcherSettings
 from mlg import cli
 from provider_image.models.catalogue import CATALOGUE
 from scripts import generate_docs
+from scripts.benchmarks.registry import RUNS, import_benchmark
 from server.settings import ServerSettings
 from telegram_bot.settings import TelegramSettings
 from tests.programs import find_program
@@ -128,10 +129,10 @@ def check_script(words: list[str]) -> None:
         extras = (ROOT / "setup.cfg").read_text().partition("[options.extras_require]")[2]
         assert all(re.search(rf"^{extra} =", extras, re.MULTILINE) for extra in arguments), words
     elif script.name == "bench":
-        names = (ROOT / "scripts/benchmarks/__main__.py").read_text()
         for name in arguments[:1]:
-            assert f'"{name}"' in names, words
-            command = importlib.import_module(f"scripts.benchmarks.{name}").main
+            assert name in ("all", *RUNS), words
+            module = importlib.import_module("scripts.benchmarks.all") if name == "all" else import_benchmark(name)
+            command = module.main
             known = {option for parameter in command.params for option in parameter.opts}
             assert set(options_in(arguments)) <= known, words
     elif script.name != "test":

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from devnet.scenario import PROVIDER_NAMES
-from scripts.benchmarks import golem, processes, stored_requests
+from scripts.benchmarks.execution import golem
+from scripts.benchmarks.support import processes, stored_requests
 from server.settings import ServerSettings
 from store.states import RequestState
 from store.store import Store

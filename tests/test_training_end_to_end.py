@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from devnet.scenario import PROVIDER_NAMES
-from scripts.benchmarks import golem
+from scripts.benchmarks.execution import golem
 from tests.conftest import ROOT
 from tests.system import System
 from tests.timing import wait_until

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
-NAMES = (
-    "all",
-    "backlog",
-    "chunk",
-    "collections",
-    "commits",
-    "dashboard",
-    "drain",
-    "faces",
-    "golem",
-    "gpu",
-    "heads",
-    "models",
-    "peers",
-    "precision",
-    "resizing",
-    "retention",
-    "scale",
-    "sessions",
-    "slow_clients",
-    "startup",
-    "style",
-    "telegram",
-    "training",
-    "uploads",
-    "workers",
-)
+from scripts.benchmarks.registry import RUNS, import_benchmark
 
-if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
-    print(f"Usage: scripts/bench {'|'.join(NAMES)} [--help]", file=sys.stderr)
+if len(sys.argv) < 2 or sys.argv[1] not in ("all", *RUNS):
+    print(f"Usage: scripts/bench {'|'.join(['all', *sorted(RUNS)])} [--help]", file=sys.stderr)
     sys.exit(2)
 name = sys.argv.pop(1)
-importlib.import_module(f"scripts.benchmarks.{name}").main()
+if name == "all":
+    from scripts.benchmarks.all import main
+else:
+    main = import_benchmark(name).main
+main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import shlex
 import signal
@@ -11,52 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from scripts.benchmarks import machine
-from scripts.benchmarks.page import Section, read_output, render
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """How one benchmark is run for the page."""
-
-    #: Options that make it shorter, as one writes them.
-    options: str = ""
-    #: See `Section`.
-    column: str | None = None
-
-
-#: In the order of the page.
-RUNS = {
-    "peers": Run(options="--images 300 --rounds 3"),
-    "drain": Run(options="--images 600"),
-    "uploads": Run(options="--rounds 3 --seconds 2"),
-    "scale": Run(options="--times 15"),
-    "dashboard": Run(options="--requests 50000 --times 50 --depths 0,1000,49000", column="median ms"),
-    "backlog": Run(),
-    "commits": Run(options="--requests 100000 --webhooks 20000 --purged 20000"),
-    "retention": Run(options="--requests 100000 --webhooks 20000 --purged 20000"),
-    "slow_clients": Run(options="--seconds 2"),
-    "chunk": Run(options="--rounds 5"),
-    "resizing": Run(options="--rounds 15"),
-    "precision": Run(options="--photos 400 --surer-than 0.5"),
-    "workers": Run(options="--chunks 10"),
-    "gpu": Run(),
-    "startup": Run(options="--rounds 3"),
-    "models": Run(options="--models resnet50,nasnet_mobile --rounds 1", column="net times"),
-    "collections": Run(options="--vectors 100000 --crops 0 --images 200"),
-    "training": Run(options="--images 200"),
-    "heads": Run(options="--rounds 3"),
-    "style": Run(options="--rounds 1"),
-    "faces": Run(options="--photos 100 --rounds 3"),
-    "golem": Run(options="--images 200 --providers 2 --rounds 1 --kills 2"),
-    "sessions": Run(options="--sessions 2 --images 200 --providers 4"),
-    "telegram": Run(options="--chats 1000 --sent 50 --single 20"),
-}
+from scripts.benchmarks.registry import RUNS, Run, import_benchmark
+from scripts.benchmarks.support import machine
+from scripts.benchmarks.support.page import Section, read_output, render
 
 
 def run(name: str, how: Run, timeout: float) -> Section:
@@ -79,7 +39,7 @@ def run(name: str, how: Run, timeout: float) -> Section:
         output.seek(0)
         printed = output.read()
     tables, text = read_output(printed)
-    module = importlib.import_module(f"scripts.benchmarks.{name}")
+    module = import_benchmark(name)
     return Section(
         name=name,
         about=(module.__doc__ or name).strip().partition("\n\n")[0].replace("\n", " "),
@@ -95,12 +55,14 @@ def run(name: str, how: Run, timeout: float) -> Section:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a benchmark that still runs, as Ctrl-C does: it stops what it has started."""
-    for signal_, seconds in ((signal.SIGINT, 60), (signal.SIGKILL, None)):
-        if process.poll() is None:
-            os.killpg(process.pid, signal_)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
+    """End a benchmark that still runs, as Ctrl-C does: it stops what it has started. Then end what it has left."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @click.command()

@@ -18,7 +18,7 @@ from batcher.executors import Outcome
 from batcher.executors.local import LocalTimings
 from batcher.scheduler import OnceReport
 from provider_image.errors import BrokenArtefact
-from scripts.benchmarks import processes
+from scripts.benchmarks.support import processes
 from store import new_id
 from store.pipelines.definition import PIPELINE, parse_pipeline
 from store.requests import NewRequest, RequestRecord

@@ -1,0 +1,1 @@
+"""Benchmarks of the way of an image to its answer: chunks, workers, providers, other servers."""

@@ -1,0 +1,1 @@
+"""Benchmarks of models and of what is learned, searched and painted with them."""

@@ -1,0 +1,1 @@
+"""Benchmarks of the server and the store: uploads, lists, pages, retention, scale."""

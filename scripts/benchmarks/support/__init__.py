@@ -1,0 +1,1 @@
+"""What benchmarks share: timing and tables, images, servers, homes with requests, the page."""
