@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,22 +16,10 @@ from store.trainings.records import TrainingKind, TrainingRecord
 from tests.conftest import RunningServer
 from tests.server.api.test_batch_views import make_image
 from tests.server.api.test_trainings import two_classes
-from tests.server.pages.browser import browser_session, find_chromium
+from tests.server.pages.browser import browser_session
 from trainer.figures import classification_figures, regression_figures
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml"}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """One browser for this module."""
-    path = find_chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
 
 
 def add_finished(store: Store, name: str, kind: TrainingKind, figures: dict[str, Any], *, image: bytes = b"") -> str:
