@@ -179,7 +179,7 @@ class Batcher:
         watching_controls: asyncio.Task[None] | None = None
         try:
             # A server or batcher of an earlier version may have run until now.
-            await asyncio.to_thread(self._store.requests.recount_open)
+            await asyncio.to_thread(self._store.requests.correct_open)
             await self._executor.start()
             await self._apply_controls()
             await self._send_heartbeat()

@@ -1084,7 +1084,13 @@ def m025_usage(db: sqlite_utils.Database) -> None:
 
 def m027_open_requests(db: sqlite_utils.Database) -> None:
     """How many requests of each model have not ended, which `transition` counts from now on."""
-    db.execute("CREATE TABLE open_requests (model TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID")
+    db.execute("""
+        CREATE TABLE open_requests (
+            model TEXT PRIMARY KEY,
+            count INTEGER NOT NULL,
+            corrections INTEGER NOT NULL DEFAULT 0
+        ) WITHOUT ROWID
+        """)
     db.execute(
         """
         INSERT INTO open_requests (model, count) SELECT model, sum(count) FROM (

@@ -31,7 +31,7 @@ from store.pipelines.runs import CHILDREN, REMOVE_ALL, REMOVE_OTHERS, PipelineRu
 from store.processes.progress import ProgressRecord, read_progress
 from store.rows import from_row, from_text, insert_sql, mapping_to_text, to_row, to_text
 from store.states import EXPIRED, RequestState
-from store.transition import count_open, count_pipelines, recount_open, transition
+from store.transition import correct_open, count_open, count_pipelines, transition
 
 #: Maximum number of items in a chunk, by how often an item was in a chunk that failed as a whole. The last is alone.
 ISOLATION_STEPS = (16, 4, 1)
@@ -1075,9 +1075,9 @@ class Requests:
         """Tell whether a write would find anything: reading needs no write lock, and most calls find nothing."""
         return self._database.row(f"SELECT 1 FROM requests WHERE {where} LIMIT 1", values) is not None
 
-    def recount_open(self) -> None:
-        """See `store.transition.recount_open`."""
-        recount_open(self._database)
+    def correct_open(self) -> None:
+        """See `store.transition.correct_open`."""
+        correct_open(self._database)
 
     def backlog(self) -> list[ModelBacklog]:
         """Count the queued and the claimed requests by model."""

@@ -27,7 +27,7 @@ from store.rentals.providers import KEEP_UNUSED, Providers
 from store.requests import ROWS_PER_COMMIT, delete_requests
 from store.rows import to_text
 from store.trainings.trainings import Trainings
-from store.transition import recount_open
+from store.transition import correct_open
 
 #: How long a listener may be disconnected and still receive only what it missed.
 KEEP_CHANGES = timedelta(days=1)
@@ -120,7 +120,7 @@ class Retention:
         :param usage_before: the usage of the days before this time is deleted; None keeps all.
         """
         self._batches.finish_interrupted(now=now)
-        recount_open(self._database)
+        correct_open(self._database)
         self._collections.finish_removals(is_stopping=self._is_stopping.is_set)
         results = self._purge_requests(_OLD, results_before, keeps_members=True)
         results += self._purge_requests(_OLD_FOR_OWNER, now)

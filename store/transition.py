@@ -82,9 +82,21 @@ _NOT_ENDED = """
     ) GROUP BY model
 """
 
-_OPEN_DIFFERS = f"""
-    SELECT EXISTS (SELECT * FROM ({_NOT_ENDED}) EXCEPT SELECT model, count FROM open_requests)
-        OR EXISTS (SELECT model, count FROM open_requests WHERE count != 0 EXCEPT SELECT * FROM ({_NOT_ENDED}))
+_WRONG_COUNTS = f"""
+    WITH found AS ({_NOT_ENDED})
+    SELECT model, found.count - coalesce(open_requests.count, 0) AS missing,
+           coalesce(open_requests.corrections, 0) AS corrections
+    FROM found LEFT JOIN open_requests USING (model)
+    WHERE missing != 0
+    UNION ALL
+    SELECT model, -count, corrections FROM open_requests WHERE count != 0 AND model NOT IN (SELECT model FROM found)
+"""
+
+#: Not if another process has corrected it meanwhile.
+_CORRECT_COUNT = """
+    INSERT INTO open_requests (model, count, corrections) VALUES (:model, :missing, 1)
+    ON CONFLICT (model) DO UPDATE SET count = count + excluded.count, corrections = corrections + 1
+    WHERE corrections = :corrections
 """
 
 _ADD_CHANGE = "INSERT INTO changes (number, batch_id, state, at) VALUES (?, ?, ?, ?)"
@@ -179,15 +191,14 @@ def count_open(transaction: Transaction, models: Iterable[str], *, sign: int = 1
     transaction.execute_many(_COUNT_OPEN, [(model, sign * count) for model, count in counts.items()])
 
 
-def recount_open(database: Database) -> None:
-    """Correct `open_requests` where a process of an earlier version, which does not count, has changed requests."""
+def correct_open(database: Database) -> None:
+    """Correct `open_requests` where a process of an earlier version, which does not count, has changed requests.
 
-    def write(transaction: Transaction) -> None:
-        transaction.execute("DELETE FROM open_requests")
-        transaction.execute(f"INSERT INTO open_requests (model, count) {_NOT_ENDED}")
-
-    if database.row(_OPEN_DIFFERS)[0]:
-        database.write(write)
+    Counting needs no write lock: what is missing stays the same while processes of this version go on.
+    """
+    wrong = [dict(row) for row in database.rows(_WRONG_COUNTS)]
+    if wrong:
+        database.write(lambda transaction: transaction.execute_many(_CORRECT_COUNT, wrong))
 
 
 def end_empty_batch(transaction: Transaction, batch: Any, *, now: datetime) -> None:

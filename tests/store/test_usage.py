@@ -125,8 +125,8 @@ def test_numbers_that_an_earlier_version_left_wrong_are_corrected(home: Path) ->
             store.database.execute(wrong)
             assert store.requests.backlog() != right
 
-            store.requests.recount_open()
+            store.requests.correct_open()
 
             assert store.requests.backlog() == right
-        store.requests.recount_open()
+        store.requests.correct_open()
         assert store.database.row("SELECT sum(count) FROM open_requests")[0] == 2
