@@ -22,8 +22,8 @@ from provider_image.errors import ConfigError
 _MAX_PROCESSES = 8
 #: Memory that there must be for each process by default: its libraries, a net of usual size and an image.
 _PROCESS_BYTES = 512 * 1024 * 1024
-#: Memory that an item may take at least. An image takes at most 200 MB; the rest is for its file and for memory that is
-#: not returned at once.
+#: Most memory that an item may take. An image takes at most 200 MB; the rest is for its file and for memory that is not
+#: returned at once.
 MAX_JOB_BYTES = 320 * 1024 * 1024
 #: Most digits of the number of a core.
 _MAX_CORE_DIGITS = 5

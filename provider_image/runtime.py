@@ -200,8 +200,7 @@ class NetCache:
             return implementation.load(artefact, self.device), artefact
 
     def _quickest(self, artefact: Artefact) -> Artefact:
-        quickest = find_quickest(self._models, artefact) if self._takes_quickest else artefact
-        return artefact if quickest.digest in self._broken_copies else quickest
+        return find_quickest(self._models, artefact, without=self._broken_copies) if self._takes_quickest else artefact
 
     def _find(self, service: str, model: str, digest: str | None, broken: BrokenArtefact | None = None) -> Artefact:
         artefact = _find_or_build(self._models, model, broken)

@@ -23,7 +23,9 @@ FOLDER = Path(__file__).parents[1] / "scripts/benchmarks"
 
 def test_every_benchmark_can_be_run_and_has_the_options_of_the_page() -> None:
     folders = {run.folder for run in RUNS.values()}
-    commands = {path.stem for each in folders for path in (FOLDER / each).glob("*.py") if "def main" in path.read_text()}
+    commands = {
+        path.stem for each in folders for path in (FOLDER / each).glob("*.py") if "def main" in path.read_text()
+    }
 
     assert set(RUNS) == commands
     for name, run in RUNS.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from provider_image.errors import ModelError, NotInstalled, UnknownModel
@@ -37,14 +38,17 @@ def find_copies(models: Path, artefact: Artefact) -> list[Artefact]:
     return found
 
 
-def find_quickest(models: Path, artefact: Artefact) -> Artefact:
+def find_quickest(models: Path, artefact: Artefact, *, without: Collection[str] = ()) -> Artefact:
     """Return the copy of an artefact that is the quickest on this processor, or itself.
 
     A copy counts only where it was judged on such a processor: another one may compute other numbers.
+
+    :param without: digests of copies that are left out.
     """
     quickest, speedup = artefact, 1.0
     for copy in find_copies(models, artefact):
         assert copy.reduced is not None
-        if copy.reduced.processor_id == processor_id() and copy.reduced.speedup > speedup:
+        is_judged_here = copy.reduced.processor_id == processor_id()
+        if is_judged_here and copy.digest not in without and copy.reduced.speedup > speedup:
             quickest, speedup = copy, copy.reduced.speedup
     return quickest
