@@ -14,6 +14,7 @@ from store import migrations, new_id
 from store.requests import NewRequest
 from store.settings import HomeSettings
 from store.store import Store
+from store.transition import _CORRECT_COUNT, _WRONG_COUNTS
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
@@ -124,9 +125,13 @@ def test_numbers_that_an_earlier_version_left_wrong_are_corrected(home: Path) ->
         for wrong in ("DELETE FROM open_requests", "UPDATE open_requests SET count = count - 5"):
             store.database.execute(wrong)
             assert store.requests.backlog() != right
+            found = [dict(row) for row in store.database.rows(_WRONG_COUNTS)]
 
             store.requests.correct_open()
 
+            assert store.requests.backlog() == right
+            # Another process found the same, and is later.
+            store.database.write(lambda transaction, found=found: transaction.execute_many(_CORRECT_COUNT, found))
             assert store.requests.backlog() == right
         store.requests.correct_open()
         assert store.database.row("SELECT sum(count) FROM open_requests")[0] == 2
