@@ -17,7 +17,7 @@ COMMANDS = {
     "up": ("cli.up:up", "Run the server, the batcher and its workers on this machine."),
     "serve": ("cli.serve:serve", "Run the HTTP server."),
     "batch": ("cli.batch:batch", "Run the batcher, which processes queued requests."),
-    "submit": ("cli.submit:submit", "Send images to a server and collect the results."),
+    "submit": ("cli.submission.submit:submit", "Send images to a server and collect the results."),
     "train": ("cli.training.train:train", "Train your own classifier on a server."),
     "evaluate": ("cli.training.evaluate:evaluate", "Ask a model on examples whose answers are known."),
     "trainings": ("cli.training.trainings:trainings", "List, show or cancel trainings."),

@@ -14,7 +14,7 @@ import click
 
 from cli.open_store import open_client
 from cli.options import json_option, url_option, with_options
-from cli.submit import find_files
+from cli.submission.files import find_files
 from cli.tables import print_json_lines, print_records, printable
 
 if TYPE_CHECKING:

@@ -183,9 +183,9 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
     loaded = loaded_by(
-        "import mlg, cli.serve, cli.submit, cli.requests, cli.models, cli.compile, cli.image, cli.keys, cli.webhooks,"
-        " cli.operate, cli.batch, cli.up, cli.collections, cli.rentals.costs, cli.rentals.bills, cli.rentals.providers,"
-        " cli.rentals.golem, cli.rentals.devnet, cli.clients.telegram"
+        "import mlg, cli.serve, cli.submission.submit, cli.requests, cli.models, cli.compile, cli.image, cli.keys,"
+        " cli.webhooks, cli.operate, cli.batch, cli.up, cli.collections, cli.rentals.costs, cli.rentals.bills,"
+        " cli.rentals.providers, cli.rentals.golem, cli.rentals.devnet, cli.clients.telegram"
     )
 
     assert not loaded & set(HEAVY_IN_COMMANDS)

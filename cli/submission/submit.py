@@ -1,14 +1,12 @@
 """The command `mlg submit`: sends images, texts or table rows to a server, in batches, and collects the results.
 
-It talks to the server only through `mlg_client`. A journal (`submit_journal.py`) records what the server has
+It talks to the server only through `mlg_client`. A journal (`journal.py`) records what the server has
 acknowledged, so that an interrupted run can be repeated and sends only what is missing.
 """
 
 from __future__ import annotations
 
 import csv
-import errno
-import functools
 import hashlib
 import io
 import json
@@ -16,7 +14,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.options import environment, file_option, home_option, url_option
-from cli.submit_journal import SentBatch, SubmitJournal
+from cli.submission.files import PLAIN_SUFFIXES, find_files, find_input, read_file, split_files
+from cli.submission.journal import SentBatch, SubmitJournal
 from provider_image.environment import Environment
 from provider_image.errors import ConfigError, MlgError
 from server.csv_cells import to_cell
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 
 #: Images and bytes per batch. Less than `mlg_client` sends at once, because an interrupted batch is uploaded again.
 MAX_BATCH_IMAGES, MAX_BATCH_BYTES = 100, 8 * 1024 * 1024
-#: Input of models that take no image -> suffixes of its files; each line of a .jsonl file is one.
-PLAIN_SUFFIXES = {"text": frozenset({".txt"}), "row": frozenset({".json", ".jsonl"})}
 #: After this time KeyboardInterrupt is raised again, in case Python has dropped the first.
 _REPEAT_INTERRUPT_SECONDS = 0.5
 #: Columns of a .csv file.
@@ -88,7 +85,7 @@ def submit(
     top: int | None,
     retry_timeout_seconds: float,
 ) -> None:
-    """Send images, or folders of images, to a server.
+    """Send images, texts or table rows to a server: files, or folders of them.
 
     To a model that takes texts send .txt files; to one that takes table rows .json files with an object each, or .jsonl
     files with an object in each line.
@@ -116,7 +113,7 @@ def submit(
     if images is not None:
         make_folder(images)
     extras = Extras.parse(inputs, params)
-    rows: list[Row] = []
+    rows, input = list[Row](), "image"
     is_waiting = wait or out is not None or images is not None
     _handle_interrupt()
     try:
@@ -147,7 +144,7 @@ def submit(
                 write_rows(rows, out)
             acknowledged = sum(row.request is not None for row in rows)
             click.echo(
-                f"mlg: The server has {acknowledged} of {len(rows)} images. Run the same command again to continue.",
+                f"mlg: The server has {acknowledged} of {len(rows)} {input}s. Run the same command again to continue.",
                 err=True,
             )
         if isinstance(error, KeyboardInterrupt):
@@ -251,7 +248,7 @@ def _pairs(option: str, given: Iterable[str], what: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ImageFile:
+class _SentFile:
     """The contents of a file."""
 
     file: Path
@@ -259,95 +256,9 @@ class _ImageFile:
     sha256: str
 
     @classmethod
-    def read(cls, file: Path) -> _ImageFile:
-        data = _read(file)
+    def read(cls, file: Path) -> _SentFile:
+        data = read_file(file)
         return cls(file=file, data=data, sha256=hashlib.sha256(data).hexdigest())
-
-
-def find_files(paths: Iterable[Path], suffixes: Collection[str] | None = None) -> list[Path]:
-    """List the given files and those in the given folders, in a stable order and without duplicates.
-
-    :param suffixes: of the files that are taken from folders; None takes those of images.
-    :raises ConfigError: a path does not exist, or there is no file at all.
-    """
-    from mlg_client import SUFFIXES
-
-    chosen = SUFFIXES if suffixes is None else suffixes
-    found: dict[Path, None] = {}
-    for path in paths:
-        if path.is_dir():
-            found.update(dict.fromkeys(sorted(_inside(path, chosen))))
-        elif path.exists():
-            found[path] = None
-        else:
-            raise ConfigError(f"There is no file or folder {path}.")
-    if not found:
-        what = "image files" if suffixes is None else "files"
-        raise ConfigError(f"No {what} found. Suffixes that are sent from folders: {' '.join(sorted(chosen))}")
-    return list(found)
-
-
-def _inside(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    inside = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
-    return (file for file in inside if file.suffix.lower() in suffixes)
-
-
-def find_input(paths: Iterable[Path], client: Client, model: str) -> str:
-    """Return the name of what the model takes. The server is asked only if no image is given.
-
-    :raises ClientError: the server is unreachable.
-    """
-    from mlg_client import SUFFIXES
-
-    plain = frozenset[str]().union(*PLAIN_SUFFIXES.values())
-    if not all(
-        any(_inside(path, plain)) and not any(_inside(path, SUFFIXES))
-        if path.is_dir()
-        else path.suffix.lower() in plain
-        for path in paths
-    ):
-        return "image"
-    spelled = model.lower().replace("-", "_")
-    found = next((one for one in client.models() if one.name.lower().replace("-", "_") == spelled), None)
-    kind = None if found is None else str(found.raw.get("input"))
-    return kind if kind in PLAIN_SUFFIXES else "image"
-
-
-def split_files(files: Iterable[Path]) -> Iterator[Path]:
-    """Iterate over files, in place of a .jsonl file over its lines that are not empty: rows.jsonl:1, rows.jsonl:2.
-
-    :raises ConfigError: such a file cannot be read, or has no line.
-    """
-    for file in files:
-        if file.suffix.lower() != ".jsonl":
-            yield file
-            continue
-        try:
-            numbers = list(_read_lines(file, file.stat().st_mtime_ns))
-        except OSError as error:
-            raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
-        if not numbers:
-            raise ConfigError(f"{file} is empty.")
-        yield from (file.with_name(f"{file.name}:{number}") for number in numbers)
-
-
-def _read(file: Path) -> bytes:
-    """Read a file, or a line that `split_files` names. :raises OSError: also if there is no such line any more."""
-    name, colon, number = file.name.rpartition(":")
-    if not (colon and number.isascii() and number.isdigit() and name.lower().endswith(".jsonl")) or file.exists():
-        return file.read_bytes()
-    source = file.with_name(name)
-    line = _read_lines(source, source.stat().st_mtime_ns).get(int(number))
-    if line is None:
-        raise FileNotFoundError(errno.ENOENT, "The file has no such line any more", str(file))
-    return line
-
-
-@functools.lru_cache(maxsize=2)
-def _read_lines(file: Path, changed_at: int) -> Mapping[int, bytes]:
-    """Return the lines of a file that are not empty, by number from 1. :param changed_at: of the version to read."""
-    lines = enumerate(file.read_bytes().splitlines(), start=1)
-    return {number: line for number, line in lines if line.strip()}
 
 
 def send_all(
@@ -368,7 +279,7 @@ def send_all(
     # By sha256.
     outcomes = _send_unfinished(rows, client, destination, journal, extras)
     for part in _read_in_parts(rows):
-        new: dict[str, _ImageFile] = {}
+        new: dict[str, _SentFile] = {}
         for _, image in part:
             if image is not None and image.sha256 not in outcomes:
                 new.setdefault(image.sha256, image)
@@ -477,14 +388,14 @@ def _handle_interrupt() -> None:
     signal.signal(signal.SIGALRM, interrupt)
 
 
-def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _ImageFile | None]]]:
+def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _SentFile | None]]]:
     """Read the files, one batch at a time; the image is None if the file cannot be read."""
-    part: list[tuple[Row, _ImageFile | None]] = []
+    part: list[tuple[Row, _SentFile | None]] = []
     size_bytes = 0
     for row in rows:
         image = None
         try:
-            image = _ImageFile.read(row.file)
+            image = _SentFile.read(row.file)
         except OSError as error:
             row.status, row.reason, row.code = "unreadable", f"cannot be read: {error.strerror}", "unreadable"
         image_bytes = len(image.data) if image is not None else 0
@@ -513,7 +424,7 @@ def _send_unfinished(
     if batch is None or not given.issuperset(batch.files.values()):
         return {}
     try:
-        images = [_ImageFile.read(Path(file)) for file in batch.files.values()]
+        images = [_SentFile.read(Path(file)) for file in batch.files.values()]
         if [image.sha256 for image in images] == list(batch.files):
             outcomes = _send_batch(batch, images, client, destination, extras)
             _finish(batch, outcomes, journal)
@@ -528,7 +439,7 @@ def _send_unfinished(
 
 
 def _send_batch(
-    batch: SentBatch, images: Sequence[_ImageFile], client: Client, destination: Destination, extras: Extras
+    batch: SentBatch, images: Sequence[_SentFile], client: Client, destination: Destination, extras: Extras
 ) -> dict[str, Request | Refused]:
     """Send images. :return: by sha256. :raises ClientError:"""
     names = [os.fsencode(image.file.name).decode("utf-8", "replace") for image in images]

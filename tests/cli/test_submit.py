@@ -21,8 +21,8 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from cli.submit import find_files
-from cli.submit_journal import SubmitJournal
+from cli.submission.files import find_files
+from cli.submission.journal import SubmitJournal
 from mlg_client import Client
 from provider_image.errors import ConfigError
 from store.requests import Answer, RequestRecord

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from cli.submit import Extras, submit
+from cli.submission.submit import Extras, submit
 from mlg_client import AsyncClient, Client, Refused, Request
 from mlg_client.image_files import name_images
 from provider_image.errors import ConfigError
@@ -191,7 +191,7 @@ def test_submit_writes_a_folder_of_new_images_and_sends_nothing_twice(
     monkeypatch.setattr(
         "mlg_client.Client", lambda url, **options: Client(URL, transport=transport, retry_timeout_seconds=1)
     )
-    monkeypatch.setattr("cli.submit._handle_interrupt", lambda: None)
+    monkeypatch.setattr("cli.submission.submit._handle_interrupt", lambda: None)
     options = ["--model", MODEL, "--home", str(tmp_path / "client"), "--input", f"style={tmp_path / 'style.png'}"]
     options += ["--images", str(tmp_path / "new"), "--out", str(tmp_path / "rows.jsonl"), str(photos_folder)]
 
