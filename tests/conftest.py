@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import flask.testing
 import pytest
+from werkzeug.routing import Rule
 
 from server.app import create_app
 from server.settings import ServerSettings
@@ -29,6 +31,8 @@ from store.requests import Answer, RequestRecord
 from store.states import RequestState
 from store.store import Store
 from tests.process_tree import ends_with_tests
+from tests.stores import open_store
+from tests.timing import DEADLINE_SECONDS
 
 if TYPE_CHECKING:
     from devnet.daemon import Devnet
@@ -72,6 +76,21 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     asyncio.run(test(**{name: pyfuncitem.funcargs[name] for name in inspect.signature(test).parameters}))
     return True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_routes() -> Iterator[None]:
+    """Have Werkzeug compile each route once in a process: most of the time in which an application is made."""
+    compile_route, compiled = Rule._compile_builder, {}
+
+    def compile_once(rule: Rule, append_unknown: bool = True) -> Any:
+        key = (append_unknown, rule.rule, repr(rule.defaults), tuple(rule._trace))
+        if key not in compiled:
+            compiled[key] = compile_route(rule, append_unknown)
+        return compiled[key]
+
+    with mock.patch.object(Rule, "_compile_builder", compile_once):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -182,8 +201,7 @@ def extension_settings(tmp_path: Path, extension_models_folder: Path, registered
 @pytest.fixture
 def store(settings: ServerSettings) -> Iterator[Store]:
     """A migrated store."""
-    store = Store(settings)
-    store.migrate()
+    store = open_store(settings)
     yield store
     store.close()
 
@@ -246,7 +264,7 @@ class RunningServer:
         """Send a signal and wait for the end."""
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
-        return self.process.wait(120)
+        return self.process.wait(DEADLINE_SECONDS)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from store.settings import HomeSettings
 from store.store import Store
 from tests.contexts import make_context
 from tests.devnet.running import paid, run_devnet
+from tests.stores import open_store
 from tests.timing import slowness
 
 MODEL = "efficientnet_lite0"
@@ -118,10 +119,9 @@ async def devnet_and_store(
     """
     async with run_devnet(folder, plan, models=models, environment=environment) as devnet:
         settings = HomeSettings(home=folder / "home", busy_seconds=5)
-        with pytest.MonkeyPatch.context() as patch, contextlib.closing(Store(settings)) as store:
+        with pytest.MonkeyPatch.context() as patch, contextlib.closing(open_store(settings)) as store:
             # yapapi looks for gftp on the PATH.
             patch.setenv("PATH", devnet.variables["PATH"])
-            store.migrate()
             yield devnet, store
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.process_tree import command_line, descendants, ends_with_tests
-from tests.timing import wait_until
+from tests.timing import DEADLINE_SECONDS, wait_until
 
 ROOT = Path(__file__).parents[1]
 MODEL = "efficientnet_lite0"
@@ -55,25 +55,25 @@ class System:
         request = urllib.request.Request(
             f"{self.base}/requestPrediction/{model}{query}", data=data, headers={"Content-Type": "image/jpeg"}
         )
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with urllib.request.urlopen(request, timeout=DEADLINE_SECONDS) as response:
             assert response.status == 202
             answer: dict[str, Any] = json.load(response)
         return answer
 
     def read(self, id: str, query: str = "?wait=30") -> dict[str, Any]:
         """Read a request, which may be held until it is answered."""
-        with urllib.request.urlopen(f"{self.base}/readPrediction/{id}{query}", timeout=120) as response:
+        with urllib.request.urlopen(f"{self.base}/readPrediction/{id}{query}", timeout=DEADLINE_SECONDS) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
 
     def query(self, sql: str) -> list[Any]:
         """Read from the database."""
-        with contextlib.closing(sqlite3.connect(self.home / "mlg.db", timeout=60)) as connection:
+        with contextlib.closing(sqlite3.connect(self.home / "mlg.db", timeout=DEADLINE_SECONDS)) as connection:
             return connection.execute(sql).fetchall()
 
     def execute(self, script: str) -> None:
         """Change the database."""
-        with contextlib.closing(sqlite3.connect(self.home / "mlg.db", timeout=60)) as connection:
+        with contextlib.closing(sqlite3.connect(self.home / "mlg.db", timeout=DEADLINE_SECONDS)) as connection:
             connection.executescript(script)
 
     def pids(self, *words: str) -> list[int]:
@@ -84,7 +84,7 @@ class System:
         """Send a signal and return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(how)
-        return self.process.wait(120)
+        return self.process.wait(DEADLINE_SECONDS)
 
     def answer(self, id: str) -> dict[str, Any]:
         """Wait until a request is answered, however long that takes; return the answer."""

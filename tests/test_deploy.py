@@ -30,6 +30,7 @@ from store.requests import Answer, NewRequest
 from store.store import Store
 from tests.contexts import make_context
 from tests.programs import find_program
+from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -218,7 +219,9 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
         (tmp_path / path.name).write_text(text.replace("/usr/local/bin/yagna", sys.executable))
     paths = [str(path) for path in sorted(tmp_path.glob("*.service")) + sorted(tmp_path.glob("*.timer"))]
 
-    run = subprocess.run([program, "verify", "--man=no", *paths], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [program, "verify", "--man=no", *paths], capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
 
     ours = [line for line in run.stderr.splitlines() if str(tmp_path) in line or "mlg" in line]
     assert not ours, ours
@@ -288,7 +291,7 @@ def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
         [program, "-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
 
     assert run.returncode == 0, run.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from batcher.image_build.context import SOURCES
+from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[1]
 PROVIDER, REQUESTOR = ROOT / "provider_image/Dockerfile", ROOT / "Dockerfile"
@@ -171,7 +172,11 @@ def test_pruning_refuses_a_folder_without_the_packages(tmp_path: Path) -> None:
     (tmp_path / "openvino").mkdir()
 
     result = subprocess.run(
-        [ROOT / "scripts/prune_runtime", tmp_path], capture_output=True, text=True, timeout=120, check=False
+        [ROOT / "scripts/prune_runtime", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
     )
 
     assert result.returncode == 1 and "does not contain openvino, numpy and PIL" in result.stderr
@@ -182,4 +187,4 @@ def test_the_scripts_are_executable_and_valid() -> None:
     for name in ("scripts/check_image", "scripts/prune_runtime", "provider_image/mlg-provider"):
         assert (ROOT / name).stat().st_mode & 0o111 == 0o111, name
         shell = "bash" if name.endswith("check_image") else "sh"
-        subprocess.run([shell, "-n", ROOT / name], timeout=120, check=True)
+        subprocess.run([shell, "-n", ROOT / name], timeout=DEADLINE_SECONDS, check=True)

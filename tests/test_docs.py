@@ -32,6 +32,7 @@ from server.settings import ServerSettings
 from telegram_bot.settings import TelegramSettings
 from tests.programs import find_program
 from tests.system import System
+from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -289,7 +290,7 @@ def test_the_curl_lines_of_the_readme_get_the_answers_that_it_shows(
             cwd=tmp_path,
             capture_output=True,
             check=True,
-            timeout=120,
+            timeout=DEADLINE_SECONDS,
             env={**os.environ, "no_proxy": "127.0.0.1"},
         )
         answers.append(json.loads(done.stdout))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests.process_tree import descendants, is_alive
 from tests.system import RIGHT, System, variant
-from tests.timing import wait_until
+from tests.timing import DEADLINE_SECONDS, wait_until
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,13 +158,13 @@ def test_batch_once_works_on_everything_that_waits_and_exits_with_1_if_anything_
     os.kill(wait_until(lambda: system.pids("mlg", "batch"))[0], signal.SIGSTOP)
     good = system.post(photos["coffee"])["req_id"]
 
-    clean = subprocess.run(once, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    clean = subprocess.run(once, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
     # Header and end are as they should be, so the server accepts it; what is between is damaged.
     buffer = io.BytesIO()
     Image.open(io.BytesIO(photos["coffee"])).save(buffer, "PNG")
     whole = buffer.getvalue()
     bad = system.post(whole[:5000] + b"damaged" + whole[5007:])["req_id"]
-    failed = subprocess.run(once, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    failed = subprocess.run(once, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
 
     assert (clean.returncode, failed.returncode) == (0, 1), clean.stderr + failed.stderr
     assert system.read(good)["status"] == "done"

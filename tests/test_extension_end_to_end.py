@@ -18,6 +18,7 @@ from mlg_client import Client, Refused
 from tests.extensions import COLUMNS, FOLDER, ROWS, install_extension_models
 from tests.linear_models import install_linear_models
 from tests.system import ROOT, System
+from tests.timing import DEADLINE_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_a_check_of_the_model_passes(system: System) -> None:
         env={**os.environ, "PYTHONPATH": str(FOLDER)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         check=False,
     )
 

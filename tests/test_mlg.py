@@ -14,7 +14,7 @@ import pytest
 import mlg
 from provider_image.errors import ConfigError
 from store.errors import DiskFull
-from tests.timing import slowness
+from tests.timing import DEADLINE_SECONDS, slowness
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         env={**os.environ, **variables},
     )
 
@@ -122,7 +122,7 @@ def test_a_reader_that_closes_the_pipe_causes_no_error(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "MLG_HOME": str(tmp_path)},
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
 
     assert done.stdout.count("\n") == 1

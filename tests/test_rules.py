@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.timing import DEADLINE_SECONDS
+
 ROOT = Path(__file__).parents[1]
 #: Package -> the other packages that it may import. Server and batcher do not know each other.
 BELOW = {
@@ -140,7 +142,7 @@ def loaded_by(code: str) -> set[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         check=True,
     )
     return set(result.stdout.splitlines()[-1].split())

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 #: Far more than anything takes that happens at all.
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 300.0
 #: How long the work of `slowness` takes on one idle core of 2020.
-_REFERENCE_SECONDS = 0.15
+_REFERENCE_SECONDS = 0.0375
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
@@ -48,7 +48,7 @@ def cpu_slowness() -> float:
 def _work_seconds(clock: Callable[[], float]) -> float:
     started = clock()
     total = 0
-    for number in range(2_000_000):
+    for number in range(500_000):
         total += number & 3
     assert total
     return clock() - started

@@ -23,7 +23,7 @@ from provider_image.models.artefact import Artefact, find_artefact
 from store import new_id
 from store.requests import NewRequest, RequestRecord
 from store.settings import HomeSettings
-from store.store import Store
+from tests.stores import open_store
 from tests.timing import until
 
 MODEL = "efficientnet_lite0"
@@ -150,8 +150,7 @@ class Harness:
     def __init__(self, folder: Path, models: Path) -> None:
         self.models = models
         self.home_settings = HomeSettings(home=folder / "home", busy_seconds=5)
-        self.store = Store(self.home_settings)
-        self.store.migrate()
+        self.store = open_store(self.home_settings)
         self.clock: Callable[[], datetime] = Clock()
         self.executor: Any = TableExecutor(models)
         self.resizer: Any = None

@@ -22,6 +22,7 @@ from provider_image.backends.openvino import GRAPH_FILES
 from provider_image.errors import ConfigError
 from provider_image.models.artefact import find_artefact, read_artefact
 from tests.onnx_models import install_unusual
+from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"
@@ -118,7 +119,7 @@ class Machine:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=DEADLINE_SECONDS,
             check=False,
         )
 
@@ -281,7 +282,7 @@ def test_building_without_a_source_checkout_is_an_error(machine: Machine) -> Non
         cwd=machine.folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         check=False,
     )
 

@@ -24,6 +24,7 @@ from store.settings import HomeSettings
 from store.states import RequestState
 from store.store import Store
 from tests.pipelines import NOW, SPOTS, PipelineBench, pipeline_models, spot
+from tests.stores import open_store
 
 FIND, CUT, EMBED = "spot_finder", "scissors", "efficientnet_lite0_embedding"
 AN_HOUR = timedelta(hours=1)
@@ -38,8 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    made = Store(HomeSettings(home=tmp_path / "home"))
-    made.migrate()
+    made = open_store(HomeSettings(home=tmp_path / "home"))
     yield made
     made.close()
 

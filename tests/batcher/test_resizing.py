@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import itertools
 import os
@@ -98,6 +99,7 @@ def with_orientation(image: Image.Image, value: int) -> bytes:
     return encode_image(image, "JPEG", quality=90, exif=exif)
 
 
+@functools.cache
 def many_images() -> dict[str, bytes]:
     """Make images of every format, mode and orientation, below, at and above the model's input, of odd proportions."""
     plain = photo(300, 200)
@@ -129,8 +131,7 @@ def many_images() -> dict[str, bytes]:
     return found
 
 
-IMAGES = many_images()
-GOOD = IMAGES["JPEG 500x375"]
+GOOD = encode_image(photo(500, 375), "JPEG")
 DEFLATED = encode_image(photo(200, 150), "TIFF", compression="tiff_adobe_deflate")
 #: Images that cannot be decoded, each for another reason.
 BAD = {
@@ -184,7 +185,7 @@ def test_the_model_gets_the_same_pixels_as_without_resizing(
 ) -> None:
     service = load_service("classification")
     model: Any = SimpleNamespace(height=height, width=width, crop=crop)
-    for name, data in IMAGES.items():
+    for name, data in many_images().items():
         resized = resize_image(data, height, width, crop)
 
         ours = service.prepare(model, {"image": resized}, {}, is_resized=True)
@@ -195,7 +196,7 @@ def test_the_model_gets_the_same_pixels_as_without_resizing(
 
 def process_all(harness: Any, choice: str) -> dict[str, Any]:
     """Process all images, good and bad, with a real cycle and real workers."""
-    requests = {name: harness.add(data, is_fresh=True) for name, data in (IMAGES | BAD).items()}
+    requests = {name: harness.add(data, is_fresh=True) for name, data in (many_images() | BAD).items()}
 
     async def main() -> None:
         harness.change_settings(shrink=choice, resizers=2)
@@ -220,7 +221,7 @@ def test_results_and_errors_are_the_same_with_and_without_resizing(harness: Any)
     resized = process_all(harness, "on")
 
     assert resized == plain
-    assert {plain[name][0] for name in IMAGES} == {RequestState.DONE}
+    assert {plain[name][0] for name in many_images()} == {RequestState.DONE}
     assert {plain[name][0] for name in BAD} == {RequestState.FAILED}
     assert len({plain[name][2:4] for name in BAD}) >= 6
 

@@ -19,6 +19,7 @@ from store.store import Store
 from store.trainings.records import TrainingKind, TrainingRecord, TrainingState
 from store.trainings.trainings import MAX_FAILURES
 from tests.process_tree import is_alive
+from tests.stores import open_store
 from tests.timing import until
 
 TIMINGS = BatcherTimings(training_poll_seconds=0.05)
@@ -27,8 +28,7 @@ TIMINGS = BatcherTimings(training_poll_seconds=0.05)
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """A store without models."""
-    store = Store(HomeSettings(home=tmp_path / "home"))
-    store.migrate()
+    store = open_store(HomeSettings(home=tmp_path / "home"))
     yield store
     store.close()
 

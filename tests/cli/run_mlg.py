@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.timing import DEADLINE_SECONDS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,6 +24,6 @@ def mlg(*arguments: str, home: Path | None = None, **variables: str) -> subproce
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         env={**os.environ, **where, **variables},
     )

@@ -20,6 +20,7 @@ from store.store import Store
 from tests.cli.run_mlg import mlg
 from tests.cli.test_submit import image
 from tests.conftest import RunningServer
+from tests.timing import DEADLINE_SECONDS
 
 MODEL = "efficientnet_lite0_embedding"
 DIMENSIONS = 8
@@ -148,7 +149,7 @@ def test_process_killed_after_an_answer_loses_no_member(
     with Client(first.base) as client:
         before = client.search_collection("holiday", request=request.id)
     first.process.kill()
-    first.process.wait(60)
+    first.process.wait(DEADLINE_SECONDS)
 
     with Client(start_server().base) as client:
         (found,) = client.search_collection("holiday", vector=[1.0] + [0.0] * (DIMENSIONS - 1))

@@ -16,6 +16,7 @@ import pytest
 from cli.keys import keys
 from store.clients.keys import hash_key, key_id_of
 from tests.conftest import RunningServer
+from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +119,7 @@ def test_a_server_for_other_machines_starts_only_with_a_key(
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
     key = run(home, "create", "alice").stdout.strip()
 
@@ -142,7 +143,7 @@ def test_up_fails_like_serve_before_it_starts_anything(tmp_path: Path) -> None:
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
 
     assert (refused.returncode, refused.stdout) == (2, "")

@@ -17,6 +17,7 @@ import pytest
 
 from provider_image.models.catalogue import CATALOGUE
 from tests.cli.run_mlg import ROOT, mlg
+from tests.timing import DEADLINE_SECONDS
 
 MODEL = "efficientnet_lite0"
 
@@ -56,7 +57,7 @@ def test_models_fit_a_terminal_of_100_columns(tmp_path: Path, models_folder: Pat
     with os.fdopen(main, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # reading ends with an error
         while data := terminal.read(65536):
             shown += data
-    status = process.wait(60)
+    status = process.wait(DEADLINE_SECONDS)
 
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).split("\r\n")
     assert status == 0

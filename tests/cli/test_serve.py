@@ -23,7 +23,7 @@ from tests.cli.run_mlg import mlg
 from tests.conftest import RunningServer
 from tests.process_tree import children, is_alive
 from tests.programs import find_program
-from tests.timing import slowness, wait_until
+from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
 MODEL = "efficientnet_lite0"
 
@@ -35,7 +35,7 @@ def curl(*arguments: str) -> tuple[int, dict[str, Any]]:
         ["curl", "-sS", "-m", "20", "--noproxy", "*", "-w", "\n%{http_code}", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         check=True,
     )
     body, _, status = done.stdout.rpartition("\n")
@@ -162,7 +162,9 @@ def test_a_stop_lets_requests_in_progress_finish(
     address = urlsplit(server.base)
     data = image_file.read_bytes()
     id = curl("-F", f"image=@{image_file}", f"{server.base}/requestPrediction/{MODEL}")[1]["req_id"]
-    held, slow = (http.client.HTTPConnection(address.hostname or "", address.port, timeout=120) for _ in range(2))
+    held, slow = (
+        http.client.HTTPConnection(address.hostname or "", address.port, timeout=DEADLINE_SECONDS) for _ in range(2)
+    )
     held.request("GET", f"/readPrediction/{id}?wait=30")
     slow.putrequest("POST", f"/requestPrediction/{MODEL}")
     slow.putheader("Content-Type", "image/png")
@@ -176,7 +178,7 @@ def test_a_stop_lets_requests_in_progress_finish(
     slow.send(data[100:])
     responses = [connection.getresponse() for connection in (slow, held)]
     answers = [json.load(response) for response in responses]
-    code = server.process.wait(120)
+    code = server.process.wait(DEADLINE_SECONDS)
     seconds = time.monotonic() - began
     for connection in (slow, held):
         connection.close()
@@ -193,7 +195,7 @@ def test_the_server_stops_when_its_parent_exits(start_server: Callable[..., Runn
 
     os.close(writer)
 
-    assert server.process.wait(120) == 0
+    assert server.process.wait(DEADLINE_SECONDS) == 0
 
 
 def test_a_taken_port_is_one_line_and_exit_status_2(start_server: Callable[..., RunningServer], tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ class Submit:
         )
 
     def __call__(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            self.command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+        )
 
     @property
     def journal(self) -> Path:
@@ -418,7 +420,7 @@ def test_a_model_that_the_server_cannot_run_ends_the_command_at_once(
     submit = Submit(tmp_path / "client", server.base)
     command = [model if part == MODEL else part for part in submit.command(folder)]
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
 
     assert done.returncode == 1
     assert word in done.stderr
@@ -439,7 +441,9 @@ def test_a_file_name_need_not_be_utf8(submit: Submit, tmp_path: Path, batcher: C
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     Path(os.fsdecode(name)).write_bytes(image(5))
 
-    done = subprocess.run(submit.command("--wait", os.fsdecode(name)), cwd=ROOT, capture_output=True, timeout=120)
+    done = subprocess.run(
+        submit.command("--wait", os.fsdecode(name)), cwd=ROOT, capture_output=True, timeout=DEADLINE_SECONDS
+    )
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(name + b"\t")

@@ -13,6 +13,7 @@ from server.settings import ServerSettings
 from store.store import Store
 from tests.conftest import ROOT, RunningServer
 from tests.linear_models import RENT_ROW, install_linear_models
+from tests.timing import DEADLINE_SECONDS
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def settings(tmp_path: Path) -> ServerSettings:
 def submit(server: RunningServer, tmp_path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     options = ["--url", server.base, "--home", str(tmp_path / "client")]
     command = [sys.executable, "-m", "mlg", "submit", *options, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
 
 
 def test_lines_are_rows_and_files_are_texts(server: RunningServer, store: Store, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from cli.supervisor import Supervisor, with_short_waits
 from store.settings import HomeSettings
 from store.store import Store
 from tests.process_tree import children, command_line, descendants, is_alive
-from tests.timing import wait_until
+from tests.timing import DEADLINE_SECONDS, wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"
@@ -88,7 +88,7 @@ def address(message: str) -> str:
 
 def ask(url: str, data: bytes | None = None) -> dict[str, Any]:
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "image/jpeg"} if data else {})
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=DEADLINE_SECONDS) as response:
         answer: dict[str, Any] = json.load(response)
     return answer
 
@@ -128,7 +128,7 @@ def test_up_restarts_killed_children_and_stops_cleanly(
     second = classify(base, photos["coffee"])
     processes = descendants(up.process.pid)
     up.process.send_signal(signal.SIGINT)
-    status = up.process.wait(120)
+    status = up.process.wait(DEADLINE_SECONDS)
 
     assert str(up.home) in message and "1 worker" in message and "curl -F image=@" in message
     assert (first["preds"][0][1], second["preds"][0][1]) == ("tiger_cat", "espresso")
@@ -177,7 +177,7 @@ def test_a_taken_port_is_one_error_line_without_restarts(start: Callable[..., Up
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
 
     assert (second.returncode, second.stdout) == (1, "")
@@ -193,7 +193,7 @@ def test_a_home_that_cannot_be_used_is_one_error_line(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
 
     assert result.returncode == 1
@@ -204,14 +204,14 @@ def test_options_override_variables_and_errors_name_them(tmp_path: Path) -> None
     command = [sys.executable, "-m", "mlg", "batch", "--once", "--home", str(tmp_path / "home")]
     environment = {**os.environ, "MLG_EXECUTOR": "nowhere"}
 
-    wrong = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    wrong = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
     right = subprocess.run(
         [*command, "--executor", "local", "--json"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
 
     assert wrong.returncode == 2
@@ -233,7 +233,7 @@ def test_the_batcher_stops_when_its_parent_exits(tmp_path: Path) -> None:
 
     os.close(writer)
 
-    assert process.wait(120) == 0
+    assert process.wait(DEADLINE_SECONDS) == 0
 
 
 def test_up_waits_briefly_unless_configured_otherwise() -> None:

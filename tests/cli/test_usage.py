@@ -17,7 +17,7 @@ from store.clients.keys import KeyRecord, Scope, UnknownKey
 from store.clients.usage import ClientKind
 from store.requests import NewRequest
 from store.settings import HomeSettings
-from store.store import Store
+from tests.stores import open_store
 
 NOW = datetime.now(UTC)
 
@@ -26,8 +26,7 @@ NOW = datetime.now(UTC)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home in which a key with a quota has sent two images, and somebody without a key one."""
     monkeypatch.setenv("MLG_HOME", str(tmp_path / "home"))
-    store = Store(HomeSettings(home=tmp_path / "home"))
-    store.migrate()
+    store = open_store(HomeSettings(home=tmp_path / "home"))
     key = KeyRecord(
         id="alice0000000",
         name="alice",

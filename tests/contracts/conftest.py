@@ -9,15 +9,14 @@ import pytest
 
 from store.settings import HomeSettings
 from store.store import Store
+from tests import stores
 
 OpenStore = Callable[[Path], Store]
 
 
 def open_sqlite(home: Path) -> Store:
     """Open the store of a home, which may be new."""
-    store = Store(HomeSettings(home=home))
-    store.migrate()
-    return store
+    return stores.open_store(HomeSettings(home=home))
 
 
 #: Name -> opens the store of a home; several stores of one home see the same data.

@@ -32,6 +32,7 @@ from store.store import Store
 from tests.conftest import ROOT
 from tests.contracts.conftest import OpenStore
 from tests.process_tree import ends_with_tests
+from tests.timing import DEADLINE_SECONDS
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 MODEL = "resnet50"
@@ -606,7 +607,7 @@ def test_a_key_is_reserved_as_long_as_the_process_runs_that_works_on_it(store: S
         # However long it takes, and whatever the clock does.
         assert isinstance(reserve(store, at=now + timedelta(hours=23)), EarlierRequest)
         other.kill()
-        other.wait(120)
+        other.wait(DEADLINE_SECONDS)
 
         reserved(store, at=now)
     assert len(list((home / "locks").iterdir())) == 1  # that of this process

@@ -23,6 +23,7 @@ from store.rentals.ledger import AgreementRecord, AllocationRecord, BillState, D
 from store.rentals.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
 from store.settings import HomeSettings
 from store.store import Store
+from tests import stores
 from tests.contracts.conftest import OpenStore
 
 NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -482,9 +483,7 @@ def test_a_kill_before_any_statement_loses_and_doubles_nothing(tmp_path: Path) -
         folder = tmp_path / str(kill_at)
         home, paid = HomeSettings(home=folder / "home", busy_seconds=5), folder / "paid"
         folder.mkdir()
-        store = Store(home)
-        store.migrate()
-        store.close()
+        stores.open_store(home).close()
 
         was_killed = run_and_kill(home, paid, kill_at)
 

@@ -34,6 +34,7 @@ from tests.devnet.requestor import (
 )
 from tests.devnet.running import run_devnet
 from tests.golem import GolemHarness, devnet_and_store, make_executor, provider, scenario
+from tests.timing import DEADLINE_SECONDS
 
 
 class Recordings:
@@ -89,7 +90,7 @@ async def record_executor(recordings: Recordings, folder: Path, models: Path) ->
         while proposal["state"] != "Draft":
             proposal = (await dead_requestor.proposals(demand_id))[-1]
         agreement_id = await dead_requestor.propose_agreement(proposal)
-        await dead_requestor.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=60)
+        await dead_requestor.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=DEADLINE_SECONDS)
         second = make_executor(devnet, store, folder, models, name="cccc3333")
         await second.start()
         await second.close()
@@ -181,7 +182,7 @@ async def _call_payment(client: Requestor) -> None:
         ("invoices", "invoiceEvents", "invoiceId", "amount"),
     ):
         # After the end of the agreement there is one of each.
-        first, *_ = await client.request_ok("GET", f"{PAYMENT}/{event}", timeout=60, afterTimestamp=since)
+        first, *_ = await client.request_ok("GET", f"{PAYMENT}/{event}", timeout=DEADLINE_SECONDS, afterTimestamp=since)
         await client.request_ok("GET", f"{PAYMENT}/{kind}", afterTimestamp=since, maxItems=5)
         bill = await client.request_ok("GET", f"{PAYMENT}/{kind}/{first[key]}")
         assert (await client.reject(kind, first[key]))[0] == 200

@@ -14,6 +14,7 @@ from devnet.gftp import write_program
 from devnet.image import Image
 from devnet.provider.exe_unit import ExeUnit
 from devnet.scenario import Fault, FaultSchedule, ProviderPlan
+from tests.timing import DEADLINE_SECONDS
 
 BOOT_COMMANDS: list[dict[str, Any]] = [{"deploy": {}}, {"start": {"args": []}}]
 STREAM = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}
@@ -74,7 +75,7 @@ class GftpProcess:
     def end(self) -> int:
         """Close its standard input and wait for its end. :return: the exit status."""
         self.process.stdin.close()
-        status = self.process.wait(120)
+        status = self.process.wait(DEADLINE_SECONDS)
         self.process.stdout.close()
         return status
 

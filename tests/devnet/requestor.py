@@ -15,6 +15,7 @@ import aiohttp
 
 from devnet.daemon import Devnet
 from devnet.scenario import Fault, ProviderPlan, Scenario
+from tests.timing import DEADLINE_SECONDS
 
 PLATFORM = "erc20-holesky-tglm"
 MARKET, PAYMENT, ACTIVITY = "/market-api/v1", "/payment-api/v1", "/activity-api/v1"
@@ -110,7 +111,7 @@ class Requestor:
     async def agree(self, demand_id: str) -> str:
         """Negotiate until there is an approved agreement."""
         agreement_id = await self.propose_agreement(await self.draft(demand_id))
-        await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=60)
+        await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=DEADLINE_SECONDS)
         return agreement_id
 
     async def activity(self, agreement_id: str) -> str:
@@ -122,7 +123,7 @@ class Requestor:
 
     async def results(self, activity_id: str, batch_id: str) -> list[dict[str, Any]]:
         path = f"{ACTIVITY}/activity/{activity_id}/exec/{batch_id}"
-        return list(await self.request_ok("GET", path, timeout=60))
+        return list(await self.request_ok("GET", path, timeout=DEADLINE_SECONDS))
 
     async def destroy(self, activity_id: str) -> None:
         await self.request_ok("DELETE", f"{ACTIVITY}/activity/{activity_id}")

@@ -21,7 +21,7 @@ from provider_image.errors import ConfigError
 from tests.conftest import DevnetRunner
 from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, RequestorRunner, run_command, single_provider
 from tests.devnet.running import calls_matching, failed_calls
-from tests.timing import until
+from tests.timing import DEADLINE_SECONDS, until
 
 ROOT = Path(__file__).parents[2]
 MLG = Path(sys.executable).with_name("mlg")
@@ -209,7 +209,7 @@ def test_the_command_writes_its_env_file_when_ready_and_ends_cleanly(tmp_path: P
         commands = '. "$1"; command -v gftp; echo "$YAGNA_SUBNET"; gftp server < /dev/null'
         found = subprocess.run(["sh", "-c", commands, "sh", str(file)], capture_output=True, text=True, check=True)
         program.send_signal(number)
-        out, errors = program.communicate(timeout=120)
+        out, errors = program.communicate(timeout=DEADLINE_SECONDS)
     finally:
         program.kill()
 

@@ -25,7 +25,7 @@ from devnet.gftp import (
     write_program,
 )
 from tests.devnet.exe_units import GftpProcess
-from tests.timing import slowness, wait_until
+from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_it_ends_with_its_standard_input_and_leaves_no_files(gftp: GftpProcess, 
 
 def test_shutdown_ends_it(gftp: GftpProcess) -> None:
     assert gftp.call("shutdown") == "ok"
-    assert gftp.process.wait(120) == 0
+    assert gftp.process.wait(DEADLINE_SECONDS) == 0
     gftp.end()
 
 
@@ -183,7 +183,9 @@ def test_the_urls_of_a_running_server_are_kept(gftp: GftpProcess, tmp_path: Path
 
 
 def test_an_unknown_command_prints_the_usage(gftp: GftpProcess, tmp_path: Path) -> None:
-    result = subprocess.run([tmp_path / "bin/gftp", "publish"], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [tmp_path / "bin/gftp", "publish"], capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
 
     assert result.returncode == 2 and result.stderr.startswith("usage: gftp server")
 
@@ -198,7 +200,7 @@ def test_it_needs_neither_site_packages_nor_the_environment(tmp_path: Path, exch
         env={"PYTHONPATH": str(tmp_path), "PYTHONHOME": "/none/such"},
         input=b'{"jsonrpc": "2.0", "method": "version", "params": {}, "id": 1}\n',
         capture_output=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
 
     assert (result.returncode, result.stderr, result.stdout.count(b"\n")) == (0, b"", 1)

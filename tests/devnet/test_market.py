@@ -10,7 +10,7 @@ import pytest
 
 from devnet.scenario import Fault, ProviderPlan, Scenario
 from tests.devnet.requestor import ACTIVITY, MARKET, Requestor, RequestorRunner, in_hours, single_provider
-from tests.timing import until
+from tests.timing import DEADLINE_SECONDS, until
 
 TWO = Scenario(providers=(ProviderPlan(name="alpha"), ProviderPlan(name="beta", cores=4, runtimes=("mlg",))))
 
@@ -154,7 +154,7 @@ async def test_steps_in_the_wrong_order_are_rejected(requestor: RequestorRunner)
         assert (await client.request("POST", f"{path}/terminate", {"message": "m"}))[0] == 409
         assert (await client.request("POST", f"{ACTIVITY}/activity", agreement_id))[0] == 400
         await client.request_ok("POST", f"{path}/confirm")
-        await client.request_ok("POST", f"{path}/wait", timeout=60)
+        await client.request_ok("POST", f"{path}/wait", timeout=DEADLINE_SECONDS)
         assert (await client.request("POST", f"{path}/confirm"))[0] == 410
         assert (await client.request("POST", f"{path}/cancel"))[0] == 410
         assert (await client.request("POST", f"{path}/terminate", {"why": "m"}))[0] == 400

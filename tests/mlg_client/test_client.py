@@ -14,6 +14,7 @@ import pytest
 
 from mlg_client import AsyncClient, Client
 from tests.system import MODEL, RIGHT, System
+from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples/classify.ipynb"
@@ -44,7 +45,7 @@ def test_a_folder_is_sent_and_the_right_labels_are_returned(system: System, fold
     with Client(system.base) as client:
         before = client.usage()["total"]
         batch = client.submit_dir(folder, MODEL, labels={"shelf": "7"})
-        ended = {request.name: request for request in client.as_completed(batch.requests, timeout=60)}
+        ended = {request.name: request for request in client.as_completed(batch.requests, timeout=DEADLINE_SECONDS)}
         in_order = [request.name for request in client.results(batch)]
         counts = client.batch(batch.ids[0], hold_seconds=5)["counts"]
         used = client.usage(by="client")
@@ -63,7 +64,10 @@ def test_async_code_gets_the_same_results(system: System, folder: Path) -> None:
     async def classify() -> dict[str | None, Any]:
         async with AsyncClient(system.base) as client:
             batch = await client.submit_dir(folder, MODEL, params={"fresh": True})
-            return {request.name: request.best async for request in client.as_completed(batch.requests, timeout=60)}
+            return {
+                request.name: request.best
+                async for request in client.as_completed(batch.requests, timeout=DEADLINE_SECONDS)
+            }
 
     best = asyncio.run(classify())
 

@@ -15,6 +15,7 @@ import pytest
 
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.runtime_paths import socket_path
+from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +74,7 @@ class WarmProcess:
 
     def wait_for_exit(self) -> int:
         """Wait until it exits and return the exit status."""
-        status = self.process.wait(120)
+        status = self.process.wait(DEADLINE_SECONDS)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             stream.close()
         return status

@@ -9,6 +9,7 @@ import pytest
 
 from provider_image.chunk import read_results
 from tests.provider_image.conftest import ROOT, make_chunk
+from tests.timing import DEADLINE_SECONDS
 
 # Only these may be imported beside the standard library and the folder itself.
 GUARDED = """
@@ -39,7 +40,11 @@ def package(tmp_path):
 def provider(root, *arguments):
     """Run the command from a package in a folder, without this project's other packages."""
     return subprocess.run(
-        [sys.executable, "-I", "-c", GUARDED, root, *arguments], capture_output=True, text=True, timeout=120, cwd=root
+        [sys.executable, "-I", "-c", GUARDED, root, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        cwd=root,
     )
 
 

@@ -27,6 +27,7 @@ from provider_image.precision import TOLERANCE, TOLERANCE_BF16
 from provider_image.service import Difference
 from provider_image.services.classification import Classification
 from tests.provider_image.conftest import ROOT
+from tests.timing import DEADLINE_SECONDS
 
 MODEL = "efficientnet_lite0"
 #: Long enough for some images.
@@ -67,7 +68,7 @@ def provider(*arguments: object, **variables: str) -> subprocess.CompletedProces
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         env={**os.environ, **variables},
     )
 

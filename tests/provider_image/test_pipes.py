@@ -12,7 +12,7 @@ from provider_image.chunk import read_results
 from provider_image.pipes import ACCEPTS_NEXT, ChunkPipes, accepts_next
 from tests.provider_image.conftest import ROOT, environment, make_chunk
 from tests.provider_image.test_warm_client import command, warm_pids
-from tests.timing import wait_until
+from tests.timing import DEADLINE_SECONDS, wait_until
 
 SCRIPT = ROOT / "provider_image" / "mlg-provider"
 
@@ -31,7 +31,7 @@ def begin_next(place: Path, *arguments: object) -> subprocess.Popen[str]:
 def run_next(place: Path, *arguments: object) -> tuple[int | None, str]:
     """Run `mlg-provider next`. :return: its exit status, and what it says."""
     process = begin_next(place, *arguments)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=DEADLINE_SECONDS)
     return process.returncode, out + err
 
 
@@ -82,7 +82,7 @@ def test_a_warm_process_that_ends_is_noticed_by_who_waits_and_by_who_comes_later
 
     process.kill()
     process.wait()
-    out, err = waiting.communicate(timeout=60)
+    out, err = waiting.communicate(timeout=DEADLINE_SECONDS)
     later = run_next(tmp_path / "place", earlier)
 
     assert (waiting.returncode, out) == (1, "")

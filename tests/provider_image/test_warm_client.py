@@ -18,7 +18,7 @@ from tests.decode_gate import DECODE_GATE
 from tests.process_tree import wait_for_work
 from tests.provider_image.conftest import ROOT, encode_image, environment, make_chunk
 from tests.provider_image.test_warm_server import is_alive
-from tests.timing import slowness, wait_until
+from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
 
 def command(*arguments, **changes) -> subprocess.CompletedProcess:
@@ -29,7 +29,7 @@ def command(*arguments, **changes) -> subprocess.CompletedProcess:
         env=environment(**changes),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
 
 
@@ -99,7 +99,7 @@ def test_runs_at_once_share_one_warm_process(tmp_path, chunk, runtime_folder, mo
         for n in range(3)
     ]
 
-    assert [process.wait(120) for process in started] == [0, 0, 0]
+    assert [process.wait(DEADLINE_SECONDS) for process in started] == [0, 0, 0]
     assert len(warm_pids(runtime_folder)) == 1
     for n in range(3):
         assert labels(tmp_path / f"{n}.zip") == ["tiger_cat", "espresso"]
@@ -150,7 +150,7 @@ def test_death_in_mid_chunk_is_one_line_and_status_one(tmp_path, chunk, slow_chu
     (pid,) = warm_pids(runtime_folder)
     wait_for_work(pid)
     os.kill(pid, signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=DEADLINE_SECONDS)
 
     assert process.returncode == 1
     assert errors.startswith("Error: The warm process ended before it had written the results")

@@ -16,7 +16,7 @@ from provider_image.runtime_paths import make_private_folder, socket_path, user_
 from provider_image.warm_server import _WarmServer
 from tests.process_tree import is_alive, wait_for_work
 from tests.provider_image.conftest import make_chunk, read_reply
-from tests.timing import slowness, wait_until
+from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
 
 def job(chunk, results) -> dict:
@@ -235,7 +235,7 @@ def test_process_ends_with_its_standard_input(start_warm_server):
 
     server.process.stdin.close()
 
-    assert server.process.wait(120) == 0
+    assert server.process.wait(DEADLINE_SECONDS) == 0
     assert not socket_path(server.runtime_folder).exists()
 
 
@@ -248,7 +248,7 @@ def test_process_ends_with_its_standard_input_even_in_mid_chunk(tmp_path, start_
     started = time.monotonic()
     server.process.stdin.close()
 
-    assert server.process.wait(120) == 0
+    assert server.process.wait(DEADLINE_SECONDS) == 0
     assert time.monotonic() - started < 3 * slowness()
     assert read_reply(connection) == {}
     assert not (tmp_path / "r.zip").exists()

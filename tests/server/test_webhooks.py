@@ -73,7 +73,7 @@ def receiver() -> Iterator[Receiver]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             made.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
-            made.may_answer.wait(120)
+            made.may_answer.wait(DEADLINE_SECONDS)
             status = made.statuses.pop(0) if len(made.statuses) > 1 else made.statuses[0]
             with contextlib.suppress(OSError):
                 self.send_response(status)
@@ -682,7 +682,7 @@ def test_several_servers_deliver_once_and_a_batch_sends_its_end(
     running = [start_server(MLG_WEBHOOKS_PRIVATE="1", MLG_SERVER_PROCESSES="2") for _ in range(2)]
     store = Store(ServerSettings(home=running[0].home))
     ids = []
-    with httpx.Client(timeout=120) as http_client:
+    with httpx.Client(timeout=DEADLINE_SECONDS) as http_client:
         for number in range(12):
             made = http_client.post(
                 f"{running[number % 2].base}/requestPrediction/{MODEL}",

@@ -35,6 +35,7 @@ from store.requests import Answer
 from store.states import RequestState
 from store.store import Store
 from tests.contracts.deliveries import claim_due, finish
+from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = Path(__file__).with_name("home_of_0_1_0.zip")
@@ -224,7 +225,7 @@ def test_pending_requests_are_answered_by_the_local_executor(
         env={**os.environ, "MLG_KEEP_RESULTS_SECONDS": KEEP, "MLG_KEEP_PICTURES_SECONDS": KEEP},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
 
     report = json.loads(run.stdout)

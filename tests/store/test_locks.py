@@ -35,7 +35,8 @@ from store.states import RequestState
 from store.store import Store
 from tests.contracts.deliveries import claim_due, finish
 from tests.contracts.history import DIGEST, read_facts
-from tests.timing import wait_until
+from tests.stores import open_store
+from tests.timing import DEADLINE_SECONDS, wait_until
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 MODEL = "resnet50"
@@ -57,8 +58,7 @@ def store(home: Path) -> Iterator[Store]:
 
 @contextmanager
 def opened(home: Path) -> Iterator[Store]:
-    made = Store(HomeSettings(home=home, busy_seconds=5))
-    made.migrate()
+    made = open_store(HomeSettings(home=home, busy_seconds=5))
     yield made
     made.close()
 
@@ -374,14 +374,14 @@ def test_steps_notice_threads_and_processes_that_wait(store: Store, home: Path) 
 
     def hold(transaction: Transaction) -> None:
         entered.set()
-        assert leave.wait(120)
+        assert leave.wait(DEADLINE_SECONDS)
 
     with opened(home) as other:
         holder = threading.Thread(target=other.database.write, args=(hold,))
         waiter = threading.Thread(target=database.write, args=(lambda transaction: None,))
         found.append(other.database._is_awaited())
         holder.start()
-        assert entered.wait(120)
+        assert entered.wait(DEADLINE_SECONDS)
         found.append(database._is_awaited())
         waiter.start()
         # A process that waits, here its other threads.

@@ -21,6 +21,7 @@ from store.migrations import STEPS
 from store.requests import NewRequest, RequestRecord
 from store.settings import HomeSettings
 from store.store import Store
+from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +62,7 @@ def test_three_processes_may_migrate_an_empty_home_at_once(tmp_path: Path) -> No
         assert process.stdin is not None
         process.stdin.close()
         process.stdin = None
-    printed = [process.communicate(timeout=120)[0].strip() for process in processes]
+    printed = [process.communicate(timeout=DEADLINE_SECONDS)[0].strip() for process in processes]
 
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert sorted(printed) == ["0", "0", str(len(STEPS))]
@@ -249,7 +250,7 @@ def test_two_processes_add_to_one_home_without_losing_anything(tmp_path: Path) -
         for part in "ab"
     ]
 
-    acknowledged = [id for process in processes for id in process.communicate(timeout=120)[0].split()]
+    acknowledged = [id for process in processes for id in process.communicate(timeout=DEADLINE_SECONDS)[0].split()]
 
     store = Store(HomeSettings(home=tmp_path / "home"))
     assert sorted(request.id for request in store.requests.list(limit=1000)) == sorted(acknowledged)

@@ -23,14 +23,14 @@ from store.requests import Answer, Claim
 from store.settings import HomeSettings
 from store.store import Store
 from tests.contracts.history import CHUNK, DIGEST, MODELS, NOW, Driver, Facts, check_recount, read_facts
+from tests.stores import open_store
 
 ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
 def opened(home: Path) -> Iterator[Store]:
-    store = Store(HomeSettings(home=home))
-    store.migrate()
+    store = open_store(HomeSettings(home=home))
     yield store
     store.close()
 

@@ -15,6 +15,7 @@ from store.requests import NewRequest
 from store.settings import HomeSettings
 from store.store import Store
 from store.transition import _CORRECT_COUNT, _WRONG_COUNTS
+from tests.stores import open_store
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
@@ -24,12 +25,6 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-def open_store(home: Path) -> Store:
-    store = Store(HomeSettings(home=home))
-    store.migrate()
-    return store
-
-
 def add(store: Store, key_id: str | None = None) -> None:
     new = NewRequest(id=new_id(), service="classification", model="vgg16", key_id=key_id, created_at=NOW)
     store.requests.add(new, store.images.stage(b"image"))
@@ -37,7 +32,7 @@ def add(store: Store, key_id: str | None = None) -> None:
 
 def test_an_upload_runs_one_statement_for_usage_and_quota_and_one_for_the_queue(home: Path) -> None:
     seen: list[str] = []
-    with closing(open_store(home)) as store:
+    with closing(open_store(HomeSettings(home=home))) as store:
         add(store)
         store.database.write(lambda transaction: transaction.connection.set_trace_callback(seen.append))
 
@@ -62,7 +57,7 @@ def test_an_upload_runs_one_statement_for_usage_and_quota_and_one_for_the_queue(
 
 def test_usage_is_added_up_by_its_indexes(home: Path) -> None:
     reads: list[str] = []
-    with closing(open_store(home)) as store:
+    with closing(open_store(HomeSettings(home=home))) as store:
         add(store, key_id="k")
         with store.database.read() as connection:
             connection.set_trace_callback(reads.append)
@@ -85,13 +80,14 @@ def test_a_home_of_an_earlier_version_keeps_the_images_of_its_keys(home: Path, m
     steps = migrations.STEPS
     with monkeypatch.context() as earlier:
         earlier.setattr(migrations, "STEPS", tuple(step for step in steps if step.__name__ < "m025"))
-        open_store(home).close()
+        with closing(Store(HomeSettings(home=home))) as store:
+            store.migrate()
     with closing(sqlite3.connect(home / "mlg.db")) as connection:
         db = sqlite_utils.Database(connection)
         db["key_usage"].insert_all([{"key_id": "k", "day": f"2026-11-{day}", "pictures": day} for day in (19, 20)])
         connection.commit()
 
-    with closing(open_store(home)) as store:
+    with closing(open_store(HomeSettings(home=home))) as store:
         used = store.keys.images_used("k", now=NOW)
         add(store, key_id="k")
         rows = store.usage.list(since=date(2026, 11, 1), until=date(2026, 11, 30), by=["day", "model"], key_id="k")
@@ -105,7 +101,7 @@ def test_a_home_of_an_earlier_version_keeps_the_images_of_its_keys(home: Path, m
 
 
 def test_a_request_of_an_earlier_version_ends_without_being_counted(home: Path) -> None:
-    with closing(open_store(home)) as store:
+    with closing(open_store(HomeSettings(home=home))) as store:
         add(store)
         store.database.execute("UPDATE requests SET usage = NULL")
         (request,) = store.requests.list()
@@ -118,7 +114,7 @@ def test_a_request_of_an_earlier_version_ends_without_being_counted(home: Path) 
 
 
 def test_numbers_that_an_earlier_version_left_wrong_are_corrected(home: Path) -> None:
-    with closing(open_store(home)) as store:
+    with closing(open_store(HomeSettings(home=home))) as store:
         add(store)
         add(store)
         right = store.requests.backlog()

@@ -15,6 +15,7 @@ from provider_image.errors import ConfigError
 from telegram_bot.state import _SCHEMA, BotState
 from tests.conftest import ROOT
 from tests.telegram_bot.fake_bot_api import TOKEN
+from tests.timing import DEADLINE_SECONDS
 
 
 def run(home: Path, code: str = "", *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +27,7 @@ def run(home: Path, code: str = "", *arguments: str) -> subprocess.CompletedProc
         env={**variables, "MLG_TELEGRAM_API": "http://127.0.0.1:1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
 
 

@@ -23,8 +23,6 @@ from trainer.examples import ExampleLimits
 from trainer.figures import Figures
 from trainer.tables import LearningTable, read_table, train_table
 
-pytest.importorskip("sklearn")
-
 
 def write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], delimiter: str = ",") -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:

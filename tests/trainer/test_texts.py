@@ -25,8 +25,6 @@ from trainer.examples import ExampleLimits
 from trainer.figures import Figures
 from trainer.texts import _TextLearner, train_text
 
-pytest.importorskip("sklearn")
-
 THINGS = ("film", "hotel", "book", "meal", "concert", "garden", "museum", "walk")
 GOOD = ("wonderful", "a delight", "so good", "a great pleasure", "beautiful and warm")
 BAD = ("awful", "a waste of time", "not good", "a great disappointment", "boring and cold")

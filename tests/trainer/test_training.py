@@ -21,6 +21,7 @@ from store.requests import Answer, NewRequest
 from store.settings import HomeSettings
 from store.store import Store
 from store.trainings.records import TrainingExample, TrainingKind, TrainingRecord, TrainingState
+from tests.stores import open_store
 from trainer.training import TrainingCancelled, train, train_on_images
 
 MODEL = "efficientnet_lite0_embedding"
@@ -41,8 +42,7 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(tmp_path: Path, backbone_folder: Path) -> Iterator[Store]:
     """A store of a home with the backbone."""
     settings = HomeSettings(home=tmp_path / "home")
-    store = Store(settings)
-    store.migrate()
+    store = open_store(settings)
     shutil.copytree(backbone_folder, settings.models)
     yield store
     store.close()

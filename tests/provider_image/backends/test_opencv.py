@@ -16,6 +16,7 @@ from provider_image.compiler.installing import with_files
 from provider_image.errors import BrokenArtefact
 from provider_image.models.artefact import Artefact
 from tests.provider_image.conftest import ROOT
+from tests.timing import DEADLINE_SECONDS
 
 #: Prints the threads of a process, the megabytes that it has allocated and the variable, before and after the import.
 CODE = """
@@ -34,7 +35,13 @@ def test_it_takes_no_thread_and_little_memory(variable: str | None) -> None:
     environment = {} if variable is None else {"OPENBLAS_NUM_THREADS": variable}
 
     done = subprocess.run(
-        [sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", CODE],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=DEADLINE_SECONDS,
     )
 
     threads, megabytes, *rest = done.stdout.split()

@@ -18,6 +18,7 @@ from provider_image.backends.openvino import OpenvinoNet, compile_graph, import_
 from provider_image.errors import BrokenArtefact
 from provider_image.models.artefact import compute_digest, read_artefact
 from tests.provider_image.conftest import ROOT
+from tests.timing import DEADLINE_SECONDS
 
 MEGABYTE = 1024 * 1024
 
@@ -127,5 +128,8 @@ def test_two_threads_may_come_first_after_loading(models_folder):
 
     for _ in range(3):
         subprocess.run(
-            [sys.executable, "-c", code, models_folder / "efficientnet_lite0"], cwd=ROOT, check=True, timeout=60
+            [sys.executable, "-c", code, models_folder / "efficientnet_lite0"],
+            cwd=ROOT,
+            check=True,
+            timeout=DEADLINE_SECONDS,
         )

@@ -44,6 +44,7 @@ from tests.onnx_models import (
     run,
     write,
 )
+from tests.timing import DEADLINE_SECONDS
 
 TYPES = onnx.TensorProto
 #: The formulas of the preprocessings, as docs/models.md gives them.
@@ -363,7 +364,7 @@ print(os.environ["ORT_DISABLE_TELEMETRY"])
         env={**os.environ, **places},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         check=True,
     )
 

@@ -21,7 +21,7 @@ from provider_image.errors import BrokenArtefact, NotInstalled, UnknownModel
 from provider_image.models.artefact import compute_digest, find_artefact, installed_digest, read_artefact
 from provider_image.models.catalogue import CATALOGUE
 from tests.provider_image.conftest import ROOT
-from tests.timing import cpu_slowness, wait_until
+from tests.timing import DEADLINE_SECONDS, cpu_slowness, wait_until
 
 #: The digest of efficientnet_lite0 in formats 2 and 3.
 OLD_DIGEST = "ee9e000329261f0cdcdc475633a098d74bd31f7fc52835f0fe557a8566eb8c76"
@@ -288,7 +288,7 @@ def test_several_processes_building_at_once_all_succeed(tmp_path):
         for _ in range(3)
     ]
 
-    digests = {process.communicate(timeout=120)[0].strip() for process in started}
+    digests = {process.communicate(timeout=DEADLINE_SECONDS)[0].strip() for process in started}
 
     assert digests == {installed_digest(tmp_path, "efficientnet_lite0")}
     assert {path.name for path in tmp_path.iterdir()} == {"efficientnet_lite0", ".efficientnet_lite0.lock"}

@@ -24,7 +24,7 @@ from server.settings import ServerSettings
 from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.store import Store
 from tests.conftest import RunningServer
-from tests.timing import slowness, wait_until
+from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
 URL = "/requestPrediction/efficientnet_lite0"
 SCOPES = frozenset({Scope.SUBMIT, Scope.READ})
@@ -122,7 +122,7 @@ class StalledBody(io.BytesIO):
 
     def read(self, size: int | None = -1) -> bytes:
         self._entered.release()
-        assert self._leave.wait(120)
+        assert self._leave.wait(DEADLINE_SECONDS)
         return super().read(size)
 
 
@@ -143,7 +143,7 @@ def test_bodies_that_one_key_sends_slowly_leave_threads_to_others(
     for thread in threads:
         thread.start()
     for _ in threads:
-        assert entered.acquire(timeout=120)
+        assert entered.acquire(timeout=DEADLINE_SECONDS)
     refused, accepted = post(alice, io.BytesIO(photo)), post(bob, io.BytesIO(photo))
     leave.set()
     for thread in threads:
@@ -176,7 +176,7 @@ def test_batches_of_one_key_leave_threads_that_work_to_others(
     for thread in threads:
         thread.start()
     for _ in threads:
-        assert entered.acquire(timeout=120)
+        assert entered.acquire(timeout=DEADLINE_SECONDS)
     refused, accepted = post(alice, io.BytesIO(file.getvalue())), post(bob, io.BytesIO(file.getvalue()))
     leave.set()
     for thread in threads:
@@ -218,7 +218,9 @@ def test_slow_clients_without_a_key_stop_nobody(
     bound = 1.0 * slowness()
     with contextlib.ExitStack() as stack:
         for number in range(100):
-            slow = stack.enter_context(socket.create_connection((address.hostname, address.port), timeout=120))
+            slow = stack.enter_context(
+                socket.create_connection((address.hostname, address.port), timeout=DEADLINE_SECONDS)
+            )
             with contextlib.suppress(ConnectionError):  # it may have been answered already
                 slow.sendall(list(UNFINISHED.values())[number % len(UNFINISHED)])
 

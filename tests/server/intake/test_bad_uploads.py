@@ -21,6 +21,7 @@ from server.settings import ServerSettings
 from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.store import Store
 from tests.conftest import RunningServer
+from tests.timing import DEADLINE_SECONDS
 
 URL = "/requestPrediction/efficientnet_lite0"
 Traces = Callable[[], tuple[list[str], int]]
@@ -258,7 +259,7 @@ def test_the_answer_to_a_body_that_is_not_wanted_can_be_read_after_all_was_sent(
     head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nX-API-Key: {secret}\r\nContent-Type: image/jpeg\r\n{length}\r\n\r\n"
 
     for _ in range(3):
-        with socket.create_connection((address.hostname, address.port), timeout=120) as connection:
+        with socket.create_connection((address.hostname, address.port), timeout=DEADLINE_SECONDS) as connection:
             connection.sendall(head.encode())
             connection.sendall(body)
             status = connection.recv(100).split()[1]

@@ -24,7 +24,7 @@ from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.errors import DiskFull, StoreUnavailable
 from store.rows import to_text
 from store.store import Store
-from tests.timing import cpu_slowness
+from tests.timing import DEADLINE_SECONDS, cpu_slowness
 
 URL = "/requestPrediction/efficientnet_lite0"
 BATCH_URL = "/requestPredictions/efficientnet_lite0"
@@ -103,14 +103,14 @@ def test_a_running_request_is_a_conflict_with_retry_after(
 
     def slow(*arguments: Any) -> Any:
         entered.set()
-        assert leave.wait(120)
+        assert leave.wait(DEADLINE_SECONDS)
         return real(*arguments)
 
     monkeypatch.setattr(store.requests, "add", slow)
     replies: list[Any] = []
     first = threading.Thread(target=lambda: replies.append(post(client, photos["rocket"])))
     first.start()
-    assert entered.wait(120)
+    assert entered.wait(DEADLINE_SECONDS)
 
     meanwhile = post(create_app(settings, store).test_client(), photos["rocket"])
     leave.set()

@@ -24,7 +24,7 @@ from server.intake.quality_gate import LIMITS, QualityGate, _read, check_measure
 from server.settings import ServerSettings
 from store.store import Store
 from tests.provider_image.conftest import encode_image
-from tests.timing import wait_until
+from tests.timing import DEADLINE_SECONDS, wait_until
 
 URL, BATCH_URL = "/requestPrediction/efficientnet_lite0", "/requestPredictions/efficientnet_lite0"
 MEASURES: dict[str, Any] = {
@@ -209,7 +209,7 @@ class BlockingGate:
 
     def check(self, *arguments: Any, **options: Any) -> None:
         self.count += 1
-        assert self.is_open.wait(120)
+        assert self.is_open.wait(DEADLINE_SECONDS)
 
 
 def test_images_that_are_measured_hold_up_no_other_upload(settings: ServerSettings, store: Store, sharp: bytes) -> None:

@@ -24,7 +24,7 @@ from server.intake.url_fetcher import fetch
 from server.settings import ServerSettings
 from store.store import Store
 from tests.programs import find_program
-from tests.timing import slowness
+from tests.timing import DEADLINE_SECONDS, slowness
 
 HOST = "photos.example.com"
 #: A public address by IANA's registry; the tests' connections do not go there.
@@ -247,7 +247,7 @@ def test_a_name_without_an_address_is_reported() -> None:
 
 def test_a_resolver_that_does_not_answer_is_abandoned_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(120) and [])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(DEADLINE_SECONDS) and [])
 
     with pytest.raises(FetchFailed, match="too long"):
         fetch_with(seconds=0.1, connect=no_connection)
@@ -349,7 +349,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
     return files
 

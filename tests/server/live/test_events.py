@@ -468,7 +468,7 @@ def test_a_dispatcher_that_cannot_read_polls_again(store: Store, client: flask.t
 
     with events.listening(listener):
         store.requests.cancel(store.requests.list()[0].id, now=datetime.now(UTC))
-        found = listener.wait(120)
+        found = listener.wait(DEADLINE_SECONDS)
 
     assert found is not None
     assert [one.request.state for one in found] == [RequestState.CANCELLED]
@@ -491,7 +491,7 @@ def test_a_listener_is_notified_after_no_thread_could_be_started(
     with events.listening(listener):
         store.requests.cancel(store.requests.list()[0].id, now=datetime.now(UTC))
 
-        assert listener.wait(120)
+        assert listener.wait(DEADLINE_SECONDS)
 
 
 # Through a real server
@@ -524,7 +524,7 @@ def finish_all(store: Store) -> float:
 
 def open_stream(running: RunningServer, path: str) -> socket.socket:
     address = urlsplit(running.base)
-    connection = socket.create_connection((address.hostname, address.port), timeout=120)
+    connection = socket.create_connection((address.hostname, address.port), timeout=DEADLINE_SECONDS)
     connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
     return connection
 
@@ -539,7 +539,7 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
 
 
 def send(running: RunningServer, count: int) -> list[str]:
-    with httpx.Client(base_url=running.base, timeout=120) as client:
+    with httpx.Client(base_url=running.base, timeout=DEADLINE_SECONDS) as client:
         return [
             client.post(f"{URL}?fresh=1", content=make_image(), headers={"Content-Type": "image/png"}).json()["req_id"]
             for _ in range(count)
@@ -602,7 +602,7 @@ def test_a_disconnected_client_frees_its_slot(start_server: Callable[..., Runnin
 
     # Its thread finds out with the next thing that it writes, a heartbeat or an event.
     deadline = time.monotonic() + DEADLINE_SECONDS
-    with httpx.Client(base_url=server.base, timeout=120) as client:
+    with httpx.Client(base_url=server.base, timeout=DEADLINE_SECONDS) as client:
         while True:
             for store in store_of(server):
                 finish_all(store)
@@ -625,7 +625,7 @@ def test_a_stream_that_was_cut_off_resumes_at_another_server(start_server: Calla
     for store in store_of(second):
         finish_all(store)
 
-    with httpx.Client(base_url=second.base, timeout=120) as client:
+    with httpx.Client(base_url=second.base, timeout=DEADLINE_SECONDS) as client:
         text = client.get(f"/events?ids={','.join(ids)}", headers={"Last-Event-ID": seen[-1]["id"]}).text
 
     assert states_of(parse(text)) == [(id, "done") for id in ids]

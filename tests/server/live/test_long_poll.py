@@ -32,7 +32,7 @@ from store.requests import ModelBacklog, RequestRecord
 from store.states import RequestState
 from store.store import Store
 from tests.conftest import MODEL
-from tests.timing import slowness, wait_until
+from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
 URL = "/requestPrediction/efficientnet_lite0"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -506,7 +506,7 @@ def test_readers_use_the_old_counts_while_new_ones_are_loaded(store: Store) -> N
 
     class Slow:
         def backlog(self) -> list[ModelBacklog]:
-            assert may_count.wait(120)
+            assert may_count.wait(DEADLINE_SECONDS)
             counted.append(threading.current_thread().name)
             return requests.backlog()
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.server.pages.browser import DESKTOP, PHONE, browser_session, find_chromium
 from tests.system import System, variant
+from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[3]
 
@@ -49,7 +50,7 @@ def idle_server(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -
         host, port = ready.readline().split()
     yield f"http://{host}:{port}"
     process.terminate()
-    process.wait(120)
+    process.wait(DEADLINE_SECONDS)
 
 
 @pytest.fixture(scope="module")

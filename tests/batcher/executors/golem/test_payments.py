@@ -43,6 +43,7 @@ from store.rentals.ledger import AllocationRecord
 from store.settings import HomeSettings
 from store.store import Store
 from tests.contexts import make_context
+from tests.stores import open_store
 from tests.timing import until
 
 TAG = "0123456789abcdef"
@@ -732,8 +733,7 @@ class Payments(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name)
-        self.store = Store(HomeSettings(home=self.path / "home", busy_seconds=5))
-        self.store.migrate()
+        self.store = open_store(HomeSettings(home=self.path / "home", busy_seconds=5))
         self.loop = asyncio.new_event_loop()
         self.daemon = Daemon()
         self.dead: set[str] = set()

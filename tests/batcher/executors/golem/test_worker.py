@@ -21,6 +21,7 @@ from batcher.executors.golem.scripts.failure import AttemptFailure, classify_err
 from batcher.executors.golem.timings import GolemTimings
 from batcher.executors.golem.worker import GolemWorker, elapsed
 from provider_image.errors import MalformedResults
+from tests.timing import DEADLINE_SECONDS
 
 
 async def test_what_gftp_still_writes_after_the_check_does_not_change_the_results(tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ async def test_no_job_is_lost_when_a_worker_is_cancelled_while_it_takes_over_res
     def check(path: Path) -> int:
         if path.read_bytes() == b"slow":
             loop.call_soon_threadsafe(has_begun.set)
-            may_end.wait(60)
+            may_end.wait(DEADLINE_SECONDS)
         return 1
 
     queued_jobs, attempts = [], []
