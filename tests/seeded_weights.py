@@ -19,6 +19,8 @@ from tests import needs_keras  # noqa: F401 - importing it is its use
 #: Largest standard deviation of the logits of a photo. Random networks are worse conditioned than trained ones: at 2.5
 #: the rounding of f32 causes differences of 0.0001 in a ResNet152.
 _DEVIATION = 2.0
+#: Weights of a network from which on it is large.
+_LARGE = 50_000_000
 
 
 def seeded_network(row: ModelRow, seed: int = 7, make: Callable[[], Any] | None = None) -> Any:
@@ -52,16 +54,23 @@ def seeded_network(row: ModelRow, seed: int = 7, make: Callable[[], Any] | None 
             layer.rate = 0.0
     last = network.layers[-1]
     # One pass gives the normalisations their statistics and, by the same statistics, the last layer's input.
-    # As a function of tensorflow, because otherwise the outputs of all layers are in memory until the end.
-    inner = keras.Model(network.input, last.input)
-    tensorflow = importlib.import_module("tensorflow")
-    seen = np.asarray(tensorflow.function(lambda images: inner(images, training=True))(batch), np.float64)
+    seen = np.asarray(call(keras.Model(network.input, last.input), batch, training=True), np.float64)
     kernel = random.normal(size=last.kernel.shape)
     logits = (seen - seen.mean(axis=0)) @ kernel
     kernel *= _DEVIATION / logits.std(axis=1).max()
     last.kernel.assign(kernel)
     last.bias.assign(-(seen.mean(axis=0) @ kernel) + random.normal(0, 0.5, kernel.shape[1]))
     return network
+
+
+def call(network: Any, batch: Any, *, training: bool = False) -> Any:
+    """Call a network: a small one layer by layer, which is quicker than to make a function of tensorflow first.
+
+    A large one as such a function, because the outputs of all its layers would take much memory.
+    """
+    if network.count_params() < _LARGE:
+        return network(batch, training=training)
+    return importlib.import_module("tensorflow").function(lambda images: network(images, training=training))(batch)
 
 
 def write_weights(network: Any, path: Path) -> None:

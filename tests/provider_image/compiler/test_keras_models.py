@@ -39,7 +39,7 @@ from provider_image.precision import TOLERANCE
 from provider_image.service import Output
 from provider_image.services import load_service
 from provider_image.services.classification import top_labels
-from tests.seeded_weights import seeded_network, write_weights
+from tests.seeded_weights import call, seeded_network, write_weights
 
 ROWS = [row for row in CATALOGUE.values() if row.source == "keras" and row.service == "classification"]
 SMALL = CATALOGUE["mobilenet_v2"]
@@ -112,18 +112,18 @@ def photos_for(row: ModelRow) -> list[tuple[bytes, Image.Image]]:
     return [photo(*PHOTOS[(first + number) % len(PHOTOS)]) for number in range(count)]
 
 
-def keras_answers(row: ModelRow, network, images: list[Image.Image]) -> np.ndarray:
-    """Answer as anybody would with Keras: bicubic to the input's size, the module's preprocess_input, predict."""
+def keras_answers(row: ModelRow, network, images: list[Image.Image]) -> Any:
+    """Answer as anybody would with Keras: bicubic to the input's size, the module's preprocess_input, a call."""
     module = importlib.import_module(getattr(importlib.import_module("keras").applications, row.keras_class).__module__)
     side = (row.width, row.height)
     arrays = [np.asarray(image.resize(side, Image.Resampling.BICUBIC), np.float32) for image in images]
-    return network.predict(module.preprocess_input(np.stack(arrays)), batch_size=len(arrays), verbose=0)
+    return call(network, module.preprocess_input(np.stack(arrays)))
 
 
 def keras_vectors(row: ModelRow, network, images: list[Image.Image]) -> list[np.ndarray]:
     """What a sub-model of Keras returns before the last layer, with the length 1."""
     keras = importlib.import_module("keras")
-    return unit_length(keras_answers(row, keras.Model(network.input, network.layers[-1].input), images))
+    return unit_length(np.asarray(keras_answers(row, keras.Model(network.input, network.layers[-1].input), images)))
 
 
 def unit_length(vectors: np.ndarray) -> list[np.ndarray]:
@@ -192,7 +192,7 @@ def test_compiled_model_answers_as_keras_does(keras_model, tmp_path):
     network, keras_model.network = seeded_network(row, make=lambda: keras_model.network), None
     keras = importlib.import_module("keras")
     both = keras.Model(network.input, [network.layers[-1].input, network.output])
-    vectors, expected = keras_answers(row, both, [seen for _, seen in photos])
+    vectors, expected = (np.asarray(each) for each in keras_answers(row, both, [seen for _, seen in photos]))
     vectors = unit_length(vectors)
     path = tmp_path / row.weights.file
     write_weights(network, path)

@@ -243,7 +243,7 @@ def test_batch_whose_images_take_too_long_to_measure_refuses_the_rest(
 def test_image_of_a_batch_that_waits_for_a_process_until_the_time_is_over_is_refused_alone(
     store: Store, sharp: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    busy, waited = QualityGate(batch_seconds=0.05), list[float]()
+    busy, waited, staged = QualityGate(batch_seconds=0.5), list[float](), store.images.stage(sharp)
 
     def wait(job: object, *, wait_seconds: float) -> None:
         waited.append(wait_seconds)
@@ -254,8 +254,8 @@ def test_image_of_a_batch_that_waits_for_a_process_until_the_time_is_over_is_ref
     check = busy.batch_check({"min_sharpness": 1})
 
     with pytest.raises(NotMeasured, match="Send the rest as another batch"):
-        check(store.images.stage(sharp))
-    assert 0 < waited[0] <= 0.05
+        check(staged)
+    assert 0 < waited[0] <= 0.5
 
 
 def test_image_that_kills_its_process_is_broken_and_none_that_finds_no_process_is(
