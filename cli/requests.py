@@ -283,9 +283,9 @@ def _change_each(ids: Sequence[str], change: Callable[[str], RequestRecord]) -> 
 
 
 def _to_json(request: RequestRecord, models: Path) -> dict[str, Any]:
-    from server.serializers import parse_read_params, serialize_request
+    from server.serializers import Thresholds, parse_read_params, serialize_request
 
-    shown = serialize_request(request, parse_read_params(request.service, {}), None, models=models)
+    shown = serialize_request(request, parse_read_params(request.service, {}), None, thresholds=Thresholds(models))
     return {"number": request.number, **shown}
 
 

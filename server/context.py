@@ -5,6 +5,7 @@ Created by `server/app.py`. It must not keep anything between two requests that 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from server.intake.trainings import TrainingIntake
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
-from server.serializers import parse_read_params, serialize_request, serialize_training, unknown_below
+from server.serializers import Thresholds, parse_read_params, serialize_request, serialize_training
 from server.settings import ServerSettings
 from server.similarity import Similarity
 from server.status.dashboard import Dashboard
@@ -114,9 +115,23 @@ class Context:
 
         :param params: the service's read-time parameters, checked; None for the defaults.
         """
-        if params is None:
-            params = parse_read_params(request.service, {})
-        return serialize_request(request, params, self.estimate_wait(request), models=self.settings.models)
+        return self.serialize_list([request], params)[0]
+
+    def serialize_list(
+        self, requests: Iterable[RequestRecord], params: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """See `serialize`. What requests of the same service or model have in common is found once for all of them."""
+        thresholds = Thresholds(self.settings.models)
+        defaults = functools.cache(lambda service: parse_read_params(service, {}))
+        return [
+            serialize_request(
+                each,
+                defaults(each.service) if params is None else params,
+                self.estimate_wait(each),
+                thresholds=thresholds,
+            )
+            for each in requests
+        ]
 
     def pipelines_of_images(self) -> list[Pipeline]:
         """List the pipelines that an image can be sent to, without those of faces, whose pages ask for consent."""
@@ -126,8 +141,9 @@ class Context:
 
     def find_unknown(self, requests: Iterable[RequestRecord]) -> set[str]:
         """Return the ids of those whose first label is less probable than the threshold of its model."""
-        thresholds = ((each, unknown_below(self.settings.models, each)) for each in requests)
-        return {each.id for each, threshold in thresholds if threshold and each.output[0][2] < threshold}
+        thresholds = Thresholds(self.settings.models)
+        found = ((each, thresholds.find(each)) for each in requests)
+        return {each.id for each, threshold in found if threshold and each.output[0][2] < threshold}
 
     def serialize_training(self, training: TrainingRecord, *, is_whole: bool = False) -> dict[str, Any]:
         """Build a training's JSON, with the reason why it waits. :param is_whole: with its figures."""

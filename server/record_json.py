@@ -15,10 +15,13 @@ from typing import Any
 from store.amounts import to_amount
 from store.rows import to_text
 
+#: Types of values that are JSON as they are: those of most fields, of which a list has thousands.
+_PLAIN_TYPES = frozenset({type(None), str, int, bool, float})
+
 
 def to_json(value: Any) -> Any:
     """Turn the value of a field into JSON: times and amounts into text, because a number would lose digits."""
-    if value is None or type(value) in (str, int, bool, float):  # most of them
+    if type(value) in _PLAIN_TYPES:
         return value
     if isinstance(value, datetime):
         return to_text(value)
@@ -32,13 +35,20 @@ def to_json(value: Any) -> Any:
 def fields(record: object, names: str) -> dict[str, Any]:
     """Return fields of a record as JSON. :param names: their names, separated by spaces."""
     keys, read = _reader(names)
-    return dict(zip(keys, map(to_json, read(record)), strict=True))
+    return {
+        name: value if type(value) in _PLAIN_TYPES else to_json(value)
+        for name, value in zip(keys, read(record), strict=True)
+    }
 
 
 def given_fields(record: object, names: str) -> dict[str, Any]:
     """Return those of the fields that are neither None nor empty, as JSON."""
     keys, read = _reader(names)
-    return {name: to_json(value) for name, value in zip(keys, read(record), strict=True) if value or value == 0}
+    return {
+        name: value if type(value) in _PLAIN_TYPES else to_json(value)
+        for name, value in zip(keys, read(record), strict=True)
+        if value is not None and (value or value == 0)
+    }
 
 
 @functools.cache
@@ -46,5 +56,6 @@ def _reader(names: str) -> tuple[list[str], Callable[[object], tuple[Any, ...]]]
     """Return the names, and what reads all of them at once: lists have thousands of fields."""
     keys = names.split()
     if len(keys) < 2:  # then it would return no tuple
-        return keys, lambda record: tuple(getattr(record, name) for name in keys)
+        read_one = operator.attrgetter(*keys)
+        return keys, lambda record: (read_one(record),)
     return keys, operator.attrgetter(*keys)

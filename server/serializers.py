@@ -31,7 +31,11 @@ from store.trainings.records import TrainingRecord
 
 
 def serialize_request(
-    request: RequestRecord, params: Mapping[str, Any], wait: WaitEstimate | None, *, models: Path | None = None
+    request: RequestRecord,
+    params: Mapping[str, Any],
+    wait: WaitEstimate | None,
+    *,
+    thresholds: Thresholds | None = None,
 ) -> dict[str, Any]:
     """Build a request's JSON.
 
@@ -39,7 +43,7 @@ def serialize_request(
     estimate until `cost_is_final`.
 
     :param params: the service's read-time parameters, checked.
-    :param models: the models folder, where the threshold of the model is looked up; None leaves `unknown` out.
+    :param thresholds: where the threshold of the model is looked up; None leaves `unknown` out.
     """
     result: dict[str, Any] = {
         "req_id": request.id,
@@ -59,7 +63,7 @@ def serialize_request(
         params = {**request.params, **params}
         result["preds"] = load_service(request.service).view(request.output, params) if is_known else request.output
         result |= {"cached": request.is_cached, **fields(request, "provider seconds digest cost")}
-        threshold = 0.0 if models is None else unknown_below(models, request)
+        threshold = 0.0 if thresholds is None else thresholds.find(request)
         if threshold:
             result |= {"unknown": request.output[0][2] < threshold, "unknown_below": threshold}
         if request.cost is not None:
@@ -125,15 +129,29 @@ def _serialize_step(run: PipelineRun, name: str, position: int) -> dict[str, Any
     return shown
 
 
-def unknown_below(models: Path, request: RequestRecord) -> float:
-    """Return the threshold of the model that gave an answer; 0 without one, or if it is not installed any more."""
-    if request.state is not RequestState.DONE or request.service != "classification" or not request.output:
-        return 0.0
-    try:
-        artefact = find_artefact(models, request.model)
-    except (NotInstalled, ModelError, UnknownModel):
-        return 0.0
-    return artefact.unknown_below if artefact.digest == request.digest else 0.0
+class Thresholds:
+    """The probabilities below which the answers of models are unknown, each looked up once, for one list of answers."""
+
+    def __init__(self, models: Path) -> None:
+        self._models = models
+        #: Model -> digest and threshold of what is installed; None where nothing is.
+        self._known: dict[str, tuple[str, float] | None] = {}
+
+    def find(self, request: RequestRecord) -> float:
+        """Return the threshold of the model that gave an answer; 0 without one, or if it is not installed any more."""
+        if request.state is not RequestState.DONE or request.service != "classification" or not request.output:
+            return 0.0
+        if request.model not in self._known:
+            self._known[request.model] = self._read(request.model)
+        found = self._known[request.model]
+        return 0.0 if found is None or found[0] != request.digest else found[1]
+
+    def _read(self, model: str) -> tuple[str, float] | None:
+        try:
+            artefact = find_artefact(self._models, model)
+        except (NotInstalled, ModelError, UnknownModel):
+            return None
+        return artefact.digest, artefact.unknown_below
 
 
 def input_kind(request: RequestRecord | BatchRecord) -> str | None:

@@ -31,7 +31,7 @@ from provider_image.errors import InvalidParams, MlgError
 from server.errors import DeliveryFailed, UrlRefused
 from server.http_client import HttpClient, RequestFailed, check_url
 from server.record_json import fields
-from server.serializers import parse_read_params, serialize_request
+from server.serializers import Thresholds, parse_read_params, serialize_request
 from store.clients.webhooks import SECRET_PREFIX, DeliveryRecord, DeliveryResult, UnknownWebhook
 from store.errors import StoreError, UnknownRequest
 from store.rows import to_text
@@ -321,7 +321,8 @@ class Deliverer:
                 request = self._outbox.requests.get(delivery.subject)
                 if not request.state.is_final:
                     return ""
-                data = serialize_request(request, parse_read_params(request.service, {}), None, models=self._models)
+                thresholds = None if self._models is None else Thresholds(self._models)
+                data = serialize_request(request, parse_read_params(request.service, {}), None, thresholds=thresholds)
         except UnknownRequest:
             data = self._deleted_data(delivery)
         return self._message(delivery, data)

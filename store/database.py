@@ -233,7 +233,7 @@ class Database:
         with self.read() as connection:
             return connection.execute(sql, parameters).fetchall()
 
-    def records(self, record: Callable[..., T], sql: str, parameters: Any = ()) -> list[T]:
+    def records(self, record: type[T], sql: str, parameters: Any = ()) -> list[T]:
         """Read all rows of one statement as records. :raises StoreError:"""
         return [from_row(record, row) for row in self.rows(sql, parameters)]
 

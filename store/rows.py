@@ -8,10 +8,10 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from store.amounts import to_amount
 
@@ -72,31 +72,53 @@ def _insert_sql(table: str, columns: tuple[str, ...]) -> str:
     return f"{table} ({', '.join(columns)}) VALUES ({', '.join(f':{column}' for column in columns)})"
 
 
-def from_row(record: Callable[..., R], row: Any, **others: Any) -> R:
-    """Turn a row into a record. A field without a column has its default.
+def from_row(record: type[R], row: Any, **others: Any) -> R:
+    """Turn a row into a record, which has no `__post_init__`. A field without a column has its default.
 
     :param others: values of fields that are not simply those of a column.
     """
+    plan, defaults = _plan(cast("Any", record), tuple(row.keys()), tuple(others))
     cells = tuple(row)
-    values = {
-        name: value if value is None or convert is None else convert(value)
-        for name, place, convert in _plan(record, tuple(row.keys()))
-        for value in (cells[place],)
-    }
+    # A frozen dataclass sets one field after the other by `object.__setattr__`, which takes longer than all else here.
+    made = object.__new__(record)
+    values = made.__dict__
+    for name, default in defaults:
+        values[name] = default()
+    for name, place, convert in plan:
+        value = cells[place]
+        values[name] = value if value is None or convert is None else convert(value)
     values.update(others)
-    return record(**values)
+    return made
 
 
 def _to_mapping(text: str) -> Any:
     return {} if text == "{}" else json.loads(text)
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 @functools.cache
-def _plan(record: Any, columns: tuple[str, ...]) -> list[tuple[str, int, Callable[[Any], Any] | None]]:
-    """Return the name, the column and the conversion of each field that has a column."""
+def _plan(
+    record: Any, columns: tuple[str, ...], others: tuple[str, ...]
+) -> tuple[list[tuple[str, int, Callable[[Any], Any] | None]], list[tuple[str, Callable[[], Any]]]]:
+    """Return the name, the column and the conversion of each field that has a column, and defaults of the others."""
     hints = typing.get_type_hints(record)
-    names = [field.name for field in fields(record) if field.name in columns]
-    return [(name, columns.index(name), _conversion(hints[name])) for name in names]
+    plan: list[tuple[str, int, Callable[[Any], Any] | None]] = []
+    defaults: list[tuple[str, Callable[[], Any]]] = []
+    for field in fields(record):
+        if field.name in others:
+            continue
+        if field.name in columns:
+            plan.append((field.name, columns.index(field.name), _conversion(hints[field.name])))
+        elif field.default_factory is not MISSING:
+            defaults.append((field.name, field.default_factory))
+        elif field.default is not MISSING:
+            defaults.append((field.name, functools.partial(_same, field.default)))
+        else:
+            raise TypeError(f"{record.__name__} needs a column or a value for {field.name}.")
+    return plan, defaults
 
 
 def _conversion(hint: Any) -> Callable[[Any], Any] | None:
@@ -107,8 +129,8 @@ def _conversion(hint: Any) -> Callable[[Any], Any] | None:
     if typing.get_origin(hint) is Mapping:
         item: Any = hint.__args__[1]
         if is_dataclass(hint.__args__[1]):
-            return lambda text: {name: item(**values) for name, values in _to_mapping(text).items()}
+            return lambda text: {} if text == "{}" else {k: item(**values) for k, values in json.loads(text).items()}
         return _to_mapping
     if hint in (Decimal, bool) or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
-        return typing.cast("Callable[[Any], Any]", hint)
+        return cast("Callable[[Any], Any]", hint)
     return None

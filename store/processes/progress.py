@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import json
 import sqlite3
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,12 +105,11 @@ class Progress:
 
 def read_progress(connection: sqlite3.Connection, numbers: Collection[int]) -> Mapping[int, ProgressRecord]:
     """Read the latest reports of some requests, by number."""
-    found: dict[int, ProgressRecord] = {}
-    for number in numbers:
-        row = connection.execute(f"{_SELECT} WHERE progress.number = ?", (number,)).fetchone()
-        if row is not None:
-            found[number] = from_row(ProgressRecord, row)
-    return found
+    if not numbers:
+        return {}
+    sql = f"{_SELECT} WHERE progress.number IN (SELECT value FROM json_each(?))"
+    rows = connection.execute(sql, (json.dumps(list(numbers)),)).fetchall()
+    return {row["number"]: from_row(ProgressRecord, row) for row in rows}
 
 
 def forget_progress(transaction: Transaction, ended: Sequence[Any]) -> None:

@@ -17,7 +17,7 @@ from provider_image.compiler.installing import begin_artefact, build_folder, ins
 from provider_image.errors import BrokenArtefact
 from provider_image.models.artefact import Artefact, read_artefact
 from provider_image.models.catalogue import ModelFacts
-from server.serializers import parse_read_params, serialize_request
+from server.serializers import Thresholds, parse_read_params, serialize_request
 from server.settings import ServerSettings
 from server.thumbnails import Thumbnails
 from store.requests import Answer
@@ -126,12 +126,25 @@ def test_answers_of_a_model_that_was_replaced_are_not_measured_by_the_new_thresh
     request = store.requests.get(shown["req_id"])
     params = parse_read_params(request.service, {})
 
-    before = serialize_request(request, params, None, models=settings.models)
+    before = serialize_request(request, params, None, thresholds=Thresholds(settings.models))
     install_pets(settings.models, 0.5)
-    after = serialize_request(request, params, None, models=settings.models)
+    after = serialize_request(request, params, None, thresholds=Thresholds(settings.models))
 
     assert before["unknown"] is True
     assert "unknown" not in after
+
+
+def test_a_model_is_looked_up_once_for_a_list(
+    ask: Callable[[Artefact], Any], settings: ServerSettings, store: Store
+) -> None:
+    artefact = install_pets(settings.models, 0.7)
+    request = store.requests.get(ask(artefact)["req_id"])
+    of_the_list = Thresholds(settings.models)
+
+    first = of_the_list.find(request)
+    (artefact.folder / "model.json").unlink()
+
+    assert (first, of_the_list.find(request), Thresholds(settings.models).find(request)) == (0.7, 0.7, 0.0)
 
 
 @pytest.mark.parametrize("threshold", ["1", "-0.1", '"high"', "1e999"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sqlite3
@@ -18,7 +19,8 @@ from provider_image.errors import ConfigError
 from store import migrations, new_id
 from store.errors import DiskFull, StoreBusy, StoreError, StoreUnavailable
 from store.migrations import STEPS
-from store.requests import NewRequest, RequestRecord
+from store.requests import Claim, NewRequest, RequestRecord
+from store.rows import from_row
 from store.settings import HomeSettings
 from store.store import Store
 from tests.timing import DEADLINE_SECONDS
@@ -304,3 +306,23 @@ def test_the_labels_of_an_earlier_version_belong_to_the_keys_of_their_requests(
     rows = store.database.rows("SELECT number, key_id FROM request_labels ORDER BY number")
     assert [tuple(row) for row in rows] == [(1, "alice"), (2, "bob"), (3, None)]
     store.close()
+
+
+def test_a_record_is_read_from_a_row_with_its_defaults() -> None:
+    cells = {"number": 1, "id": "x", "token": 2, "service": "s", "model": "m", "params": "{}", "image_sha256": "0"}
+    cells |= {"image_bytes": 3, "attempts": 0, "isolation": 0, "created_at": "2026-11-28T07:00:00.250Z"}
+
+    def select(*names: str) -> sqlite3.Row:
+        columns = ", ".join(f":{name} AS {name}" for name in names)
+        with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+            connection.row_factory = sqlite3.Row
+            row: sqlite3.Row = connection.execute(f"SELECT {columns}", cells).fetchone()
+        return row
+
+    claim, other = from_row(Claim, select(*cells)), from_row(Claim, select(*cells), model="n")
+
+    assert (claim.inputs, claim.created_at.microsecond, claim.model, other.model) == ({}, 250_000, "m", "n")
+    assert claim == Claim(**vars(claim))
+    assert claim.inputs is not other.inputs
+    with pytest.raises(TypeError, match="token"):
+        from_row(Claim, select("number", "id"), **{name: cells[name] for name in cells if name != "token"})

@@ -196,7 +196,8 @@ class BatchViews(Views):
         """Draw the first images of a batch, with their most likely labels."""
         self._get_batch(id)
         found = self._store.batches.items(id, limit=SHEET_ITEMS)
-        cells = [(_sheet_image(request), _sheet_lines(request, self._context.serialize(request))) for request in found]
+        shown = self._context.serialize_list(found)
+        cells = [(_sheet_image(one), _sheet_lines(one, each)) for one, each in zip(found, shown, strict=True)]
         sheet = self._context.thumbnails.sheet(cells, client=current_key_id())
         return _download(iter((sheet,)), "image/png")
 
@@ -254,8 +255,9 @@ class BatchViews(Views):
 
     def _results(self, batch: BatchRecord, after: int, params: dict[str, Any]) -> Iterator[dict[str, Any]]:
         while found := self._store.batches.results(batch.id, after=after, limit=RESULTS_PER_READ):
-            for after, request in found:
-                yield {**self._context.serialize(request, params), "cursor": after}
+            after = found[-1][0]
+            shown = self._context.serialize_list([request for _, request in found], params)
+            yield from ({**each, "cursor": cursor} for each, (cursor, _) in zip(shown, found, strict=True))
 
 
 def show_item(one: StagedItem) -> dict[str, Any]:

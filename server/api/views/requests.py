@@ -101,7 +101,7 @@ class RequestViews(Views):
         )
         query = self._query(page.fields, page.key_id)
         found = self._store.search.find(query, before=page.before, limit=page.limit)
-        shown = [self._context.serialize(request) for request in found.requests]
+        shown = self._context.serialize_list(found.requests)
         return json_response({"success": True, "requests": shown, "next": page.next_cursor(found.next_before)})
 
     @_operation(

@@ -234,6 +234,23 @@ def test_a_page_uses_one_index_and_sorts_nothing(
     assert time.perf_counter() - started_at < 1 * slowness()
 
 
+def test_a_page_takes_as_many_statements_however_long_it_is(crowded: Store) -> None:
+    seen: list[str] = []
+
+    def count(limit: int) -> int:
+        seen.clear()
+        assert len(crowded.search.find(Query(), before=30_000, limit=limit).requests) == limit
+        return len(seen)
+
+    with crowded.database.read() as connection:  # which the pages use again
+        connection.set_trace_callback(seen.append)
+    counts = [count(20), count(200)]
+    with crowded.database.read() as connection:
+        connection.set_trace_callback(None)
+
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize(
     "filters",
     [
