@@ -336,14 +336,14 @@ class GolemExecutor:
             log.warning("cannot read the ledger: %s", error)
 
     def _expire_waiting(self) -> None:
-        """End jobs that have waited too long for a provider."""
+        """End jobs that have been without a provider that may take them for too long."""
         now = time.monotonic()
         for queued_job in self._job_queue.queued_jobs():
-            if now - queued_job.waiting_since < self._settings.offer_seconds:
-                continue
             pool = self._pools.get(queued_job.job.model)
             if pool is not None and any(worker.provider_id not in queued_job.failed_on for worker in pool.workers):
-                continue  # one of these workers will take it
+                queued_job.waiting_since = now  # one of these workers will take it, unless it ends before
+            if now - queued_job.waiting_since < self._settings.offer_seconds:
+                continue
             self._job_queue.remove(queued_job)
             if queued_job.last_outcome is not None and not queued_job.last_outcome.is_blameless:
                 # Every available provider has failed on it.

@@ -24,7 +24,7 @@ class QueuedJob:
     job: Job
     #: Set when the job is over; cancelled when the caller no longer waits.
     outcome: asyncio.Future[Outcome]
-    #: When it was queued last, on the monotonic clock.
+    #: When it was queued last, or when there last was a worker that may take it, on the monotonic clock.
     waiting_since: float = 0.0
     #: Addresses of the providers that failed on it and were banned for that; they do not get it again.
     failed_on: set[str] = field(default_factory=set)

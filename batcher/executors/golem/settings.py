@@ -74,7 +74,7 @@ class GolemSettings(Settings):
     #: Seconds that an idle worker is kept at most. MLG_GOLEM_IDLE_SECONDS. Defaults to 60.
     idle_seconds: float = setting("MLG_GOLEM_IDLE_SECONDS", 60.0, minimum=0, maximum=3600)
     # A daemon that has just started needs minutes to hear of offers.
-    #: Seconds that a chunk waits for a provider before it is released. MLG_GOLEM_OFFER_SECONDS. Defaults to 300.
+    #: Seconds that a chunk waits without any provider before it is released. MLG_GOLEM_OFFER_SECONDS. Defaults to 300.
     offer_seconds: float = setting("MLG_GOLEM_OFFER_SECONDS", 300.0, minimum=1, maximum=86400)
     #: Seconds that a provider is banned after its first failure; doubles with each.
     #: MLG_GOLEM_BAN_SECONDS. Defaults to 900.

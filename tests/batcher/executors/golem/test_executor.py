@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from batcher.backoff import Backoff
+from batcher.errors import NoProvider
+from batcher.executors import Job
 from batcher.executors.fallback import FallbackExecutor
 from batcher.executors.golem import executor
 from batcher.executors.golem.executor import GolemExecutor
@@ -146,6 +150,29 @@ def test_bans_that_a_chunk_caused_are_lifted_at_the_market_too(tmp_path: Path, s
         before, _ = records.take_unbanned(), records.lift_bans(poison)
 
         assert (before, records.take_unbanned(), records.take_unbanned()) == (False, True, False)
+
+    asyncio.run(main())
+
+
+def test_a_chunk_waits_the_whole_time_for_a_provider_after_the_last_one_is_gone(tmp_path: Path, store: Store) -> None:
+    golem_executor = GolemExecutor(make_context(tmp_path, tmp_path, store=store), settings=GolemSettings())
+    golem_executor._session_error = None
+    workers = [SimpleNamespace(provider_id="0xa1fa")]
+    golem_executor._pools[MODEL] = SimpleNamespace(workers=workers)  # type: ignore[assignment]
+    job = Job(chunk_id="c", model=MODEL, items=1, chunk=tmp_path, results=tmp_path, timeout_seconds=9)
+
+    async def main() -> None:
+        waiting = QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
+        golem_executor._job_queue.put(waiting)
+        waiting.waiting_since -= 301.0  # behind other chunks of the worker
+        ended = []
+        for happens in (lambda: None, workers.clear, lambda: vars(waiting).update(waiting_since=-math.inf)):
+            happens()
+            golem_executor._expire_waiting()
+            ended.append(waiting.outcome.done())
+
+        assert ended == [False, False, True]
+        assert isinstance(waiting.outcome.result().error, NoProvider)
 
     asyncio.run(main())
 
