@@ -36,6 +36,10 @@ class UntrueResults(MalformedResults):
     code = "malformed_results"
 
 
+class ModelChanged(MlgError):
+    """The model was removed or installed again while it computed, so it computes again as it is now."""
+
+
 class ImageMissing(MlgError):
     """The image's file is missing from the store. Send the image again."""
 

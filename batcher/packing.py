@@ -20,6 +20,7 @@ from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.errors import MlgError, ModelError, NotInstalled, UnknownModel
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelFacts
+from provider_image.models.quickest import find_copies
 from provider_image.service import limit_seconds, primary_input
 from provider_image.services import load_service
 from store.requests import Claim
@@ -46,6 +47,10 @@ class PackedChunk:
     results: Path
     #: Size of the chunk file.
     size_bytes: int
+    #: Digests of the artefact that must answer, empty if it is not installed yet, and of its copies.
+    digests: tuple[str, ...]
+    #: The most seconds that an item may take which ends by itself.
+    item_seconds: float
 
     def remove_files(self) -> None:
         """Remove both files, if they exist."""
@@ -101,14 +106,16 @@ def pack(
     is_resized = resizer is not None and bool(images) and (model is None or model.height > 0)
     if resizer is not None and is_resized and ready:
         ready, rejected = _resize_items(resizer, model, images, ready)
-    digest = model.digest if isinstance(model, Artefact) else None
+    installed = (model, *find_copies(models, model)) if isinstance(model, Artefact) else ()
+    digest = installed[0].digest if installed else None
+    item_seconds = _ITEM_SHARE * timeout_seconds
     size_bytes = 0
     while ready:
         numbered = [
             ChunkItem(
                 number=number,
                 inputs=each.inputs,
-                params=limit_seconds(service.params, each.item.first.params, _ITEM_SHARE * timeout_seconds),
+                params=limit_seconds(service.params, each.item.first.params, item_seconds),
             )
             for number, each in enumerate(ready)
         ]
@@ -133,6 +140,8 @@ def pack(
         chunk=chunk,
         results=results,
         size_bytes=size_bytes,
+        digests=tuple(one.digest for one in installed),
+        item_seconds=item_seconds,
     )
 
 

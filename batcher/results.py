@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batcher.backoff import Backoff
-from batcher.errors import ExecutorUnavailable, ImageMissing, ResizingUnavailable, UntrueResults
+from batcher.errors import ExecutorUnavailable, ImageMissing, ModelChanged, ResizingUnavailable, UntrueResults
 from batcher.executors import Outcome
 from batcher.packing import PackedChunk
 from batcher.planner import PlannedItem
@@ -30,7 +30,7 @@ from provider_image.errors import (
 )
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.quickest import find_copies
-from provider_image.service import Output, check_files, check_params, media_type_of
+from provider_image.service import Output, check_files, check_params, limit_seconds, media_type_of
 from provider_image.services import load_service
 from store.files import NewFile
 from store.requests import MAX_ATTEMPTS, Answer, Blame, Claim
@@ -111,13 +111,17 @@ def resolve_chunk(
         artefact = find_artefact(models, packed.planned.model)
         # Workers of this machine may have taken a quicker copy; strangers must use the model itself.
         copies = find_copies(models, artefact) if try_item is None else []
-        results = _read(packed, artefact, packed.results, copies)
-    except (MalformedResults, *MODEL_ERRORS) as error:
+        installed = {each.digest: each for each in (artefact, *copies)}
+        possible = packed.digests[:1] if try_item is not None else packed.digests
+        results = _read(packed, artefact, packed.results, [*installed, *possible])
+        if results.digest not in installed:
+            raise ModelChanged()
+    except (MalformedResults, ModelChanged, *MODEL_ERRORS) as error:
         failed = Outcome(provider=outcome.provider, seconds=outcome.seconds, error=error)
         return resolve_failed_chunk(packed.items, failed, is_stopping=is_stopping)
     answers: list[Answer] = []
     failures: list[ClaimFailure] = []
-    computed_by = next(each for each in (artefact, *copies) if each.digest == results.digest)
+    computed_by = installed[results.digest]
     # An answer in another precision is none to later requests, which look for the artefact's digest.
     suffix = "" if results.precision == computed_by.computes_in else f"-{results.precision}"
     digest = f"{computed_by.digest}{suffix}"
@@ -169,6 +173,8 @@ def check_results(packed: PackedChunk, models: Path, try_item: TryItem, results:
         artefact = find_artefact(models, packed.planned.model)
     except MODEL_ERRORS:
         return 0  # missing here, which is not the provider's fault; `resolve_chunk` says so
+    if artefact.digest not in packed.digests[:1]:
+        return 0  # likewise, if it was installed meanwhile
     found = _read(packed, artefact, results)
     if found.precision != artefact.computes_in:
         raise UntrueResults(f"The results were computed in {found.precision}, not in {artefact.computes_in}.")
@@ -193,8 +199,8 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     failed = tuple(items)
     error = outcome.error or ChunkError()
     is_model_unusable = isinstance(error, MODEL_ERRORS)
-    if outcome.is_blameless or is_model_unusable or isinstance(error, UntrueResults):
-        delay = 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
+    if outcome.is_blameless or is_model_unusable or isinstance(error, UntrueResults | ModelChanged):
+        delay = 0.0 if is_stopping or isinstance(error, ModelChanged) else UNAVAILABLE_RETRY_SECONDS
         failures = [_make_failure(failed, error, Blame.NOBODY, delay)]
     elif len(failed) == 1:
         failures = [_blame_item(failed[0], error)]
@@ -204,8 +210,8 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     return ChunkOutcome(failures=tuple(failures if failed else ()), error=error, is_model_unusable=is_model_unusable)
 
 
-def _read(packed: PackedChunk, artefact: Artefact, results: Path, copies: Sequence[Artefact] = ()) -> Results:
-    """Read a results file. :param artefact: the one that must have answered, or one of its copies."""
+def _read(packed: PackedChunk, artefact: Artefact, results: Path, other_digests: Sequence[str] = ()) -> Results:
+    """Read a results file. :param artefact: the one that must have answered, or one of the other digests."""
     numbers, outputs = range(len(packed.items)), load_service(packed.planned.service).outputs
     max_bytes = {name: one.max_bytes for name, one in outputs.items()}
     return read_results(
@@ -214,7 +220,7 @@ def _read(packed: PackedChunk, artefact: Artefact, results: Path, copies: Sequen
         packed.planned.model,
         numbers,
         artefact.digest,
-        other_digests=[copy.digest for copy in copies],
+        other_digests=other_digests,
         max_bytes=max_bytes,
     )
 
@@ -242,7 +248,13 @@ def _check_item(service_name: str, artefact: Artefact, item: PlannedItem, result
 
 
 def _answers(packed: PackedChunk, item: PlannedItem, result: ItemResult, digest: str, outcome: Outcome) -> list[Answer]:
-    outputs = load_service(packed.planned.service).outputs
+    service = load_service(packed.planned.service)
+    outputs = service.outputs
+    asked = item.first.params
+    is_lowered = limit_seconds(service.params, asked, packed.item_seconds) != asked
+    if is_lowered and isinstance(result.output, dict) and result.output.get("complete") is False:
+        # With more time for chunks it would be another answer, so it is none to later requests either.
+        digest = f"{digest}-{packed.item_seconds:g}s"
     files = {
         name: NewFile(data=data, media_type=media_type_of(outputs[name], data)) for name, data in result.files.items()
     }

@@ -105,7 +105,8 @@ class Param:
     help: str
     #: True if it only changes how a stored output is shown; it is not sent to a provider then.
     is_read_time: bool = False
-    #: True if it is the seconds after which the run ends by itself; the batcher lowers it to what a chunk may take.
+    #: True if it is the seconds after which the run ends by itself; the batcher lowers it to what a chunk may take. The
+    #: output then says by a field `complete` whether they were enough.
     is_time_limit: bool = False
 
     def check(self, raw: Any) -> Any:

@@ -17,6 +17,7 @@ from batcher.planner import PlannedItem, plan
 from batcher.results import (
     ITEM_BACKOFF,
     UNAVAILABLE_RETRY_SECONDS,
+    _answers,
     _check_item,
     check_results,
     resolve_chunk,
@@ -220,6 +221,47 @@ def test_a_copy_answers_for_its_model_on_this_machine_only(harness: Any, answere
         check_results(packed, models, trying(), packed.results)
     install_copy(models, MODEL, base_digest="0" * 64)
     assert isinstance(resolve_chunk(packed, DONE, models).error, MalformedResults)
+
+
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_a_model_that_changes_while_it_computes_blames_nobody(
+    harness: Any, answered: Write, tmp_path: Path, is_copy: bool
+) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(harness.models / MODEL, models / MODEL)
+    copy, model = install_copy(models, MODEL), find_artefact(models, MODEL)
+    packed = replace(answered(digest=copy.digest if is_copy else model.digest), digests=(model.digest, copy.digest))
+    document = models / (copy.name if is_copy else MODEL) / "model.json"
+    if is_copy:
+        document.unlink()
+    else:
+        document.write_text(document.read_text().replace(model.digest, "0" * 64))
+
+    outcome = resolve_chunk(packed, DONE, models)
+    of_strangers = resolve_chunk(packed, DONE, models, try_item=trying())
+
+    assert [(each.blame, each.code, each.delay_seconds) for each in outcome.failures] == [
+        (Blame.NOBODY, "model_changed", 0.0)
+    ]
+    assert not outcome.is_model_unusable
+    assert of_strangers.error is not None
+    assert of_strangers.error.code == ("malformed_results" if is_copy else "model_changed")
+    if not is_copy:
+        assert check_results(packed, models, trying(), packed.results) == 0
+
+
+@pytest.mark.parametrize(("seconds", "is_complete", "suffix"), [(300, False, "-90s"), (300, True, ""), (90, False, "")])
+def test_an_answer_that_the_time_of_a_chunk_cut_short_is_none_to_later_requests(
+    harness: Any, claims: list[Claim], tmp_path: Path, seconds: int, is_complete: bool, suffix: str
+) -> None:
+    style = replace(claims[0], service="style_transfer", model="texture", params={"seconds": seconds})
+    options = {"image_path": harness.store.images.path, "models": harness.models, "resizer": None}
+    packed = pack(plan([style])[0], folder=tmp_path, timeout_seconds=120.0, **options)
+    result = ItemResult(number=0, output={"complete": is_complete})
+
+    (answer,) = _answers(packed, item(style), result, "d", DONE)
+
+    assert answer.digest == f"d{suffix}"
 
 
 def test_results_in_another_precision_are_no_answer(harness: Any, answered: Write) -> None:

@@ -124,6 +124,11 @@ def test_params_have_help_and_defaults_within_their_range(service):
     assert check_params(service.params, {}) == {param.name: param.default for param in service.params}
 
 
+def test_a_service_that_ends_by_a_time_limit_says_whether_the_time_was_enough(service):
+    if any(param.is_time_limit for param in service.params):
+        assert "complete" in service.output_schema["required"]
+
+
 def test_error_for_an_unknown_param_names_the_known_ones(service):
     with pytest.raises(InvalidParams) as caught:
         check_params(service.params, {"no_such_param": 1})
