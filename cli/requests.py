@@ -199,7 +199,7 @@ def redo(
         while True:
             room = MAX_REQUESTS if limit is None else min(MAX_REQUESTS, limit - totals["found"])
             if not dry_run:
-                waiting = sum(one.waiting for one in store.requests.backlog())
+                waiting = sum(one.waiting_sent for one in store.requests.backlog())
                 is_full = waiting >= settings.max_backlog
                 room = min(room, settings.max_backlog - waiting)
             if room <= 0:

@@ -46,7 +46,8 @@ class ServerSettings(HomeSettings):
     #: Bytes that uploads leave free on the home's disk, for answers and the database; else they are refused with 507.
     #: MLG_MIN_FREE_BYTES. Defaults to 1073741824 (1 GB).
     min_free_bytes: int = setting("MLG_MIN_FREE_BYTES", 1024**3, minimum=0, maximum=1024**5)
-    #: Requests that may be queued before new ones are refused with 503. MLG_MAX_BACKLOG. Defaults to 1000000.
+    #: Requests that may be queued before new ones are refused with 503. One to a pipeline counts as one, whatever steps
+    #: it has. MLG_MAX_BACKLOG. Defaults to 1000000.
     max_backlog: int = setting("MLG_MAX_BACKLOG", 1_000_000, minimum=1, maximum=1_000_000_000)
     #: Longest time in seconds that `?wait=` holds an answer. MLG_MAX_HOLD_SECONDS. Defaults to 60 seconds.
     max_hold_seconds: float = setting("MLG_MAX_HOLD_SECONDS", 60.0, minimum=0, maximum=3600)

@@ -1103,6 +1103,22 @@ def m027_open_requests(db: sqlite_utils.Database) -> None:
     )
 
 
+def m030_open_steps(db: sqlite_utils.Database) -> None:
+    """How many of the requests that have not ended are steps of pipelines, which do not count as sent by clients."""
+    for statement in (
+        "ALTER TABLE open_requests ADD COLUMN steps INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX requests_open_steps ON requests (model) "
+        "WHERE parent IS NOT NULL AND state IN ('queued', 'claimed')",
+        """
+        UPDATE open_requests SET steps = found.count FROM (
+            SELECT model, count(*) AS count FROM requests INDEXED BY requests_open_steps
+            WHERE parent IS NOT NULL AND state IN ('queued', 'claimed') GROUP BY model
+        ) AS found WHERE found.model = open_requests.model
+        """,
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -1129,6 +1145,7 @@ STEPS: tuple[Step, ...] = (
     m023_pipelines,
     m025_usage,
     m027_open_requests,
+    m030_open_steps,
 )
 
 

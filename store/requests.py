@@ -186,7 +186,7 @@ _IS_OVERDUE = f"""
 # looks at each request that is queued.
 _BACKLOG = """
     WITH claimed AS (
-        SELECT model, min(service) AS service, count(*) AS count
+        SELECT model, min(service) AS service, count(*) AS count, count(parent) AS steps
         FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
     ), hidden AS (
         SELECT model, sum(arrived) AS count FROM batches WHERE arrival > 0 AND arrival != 2 GROUP BY model
@@ -194,6 +194,7 @@ _BACKLOG = """
     SELECT * FROM (
         SELECT open_requests.model AS model, coalesce(oldest.service, claimed.service) AS service,
                open_requests.count - coalesce(claimed.count, 0) - coalesce(hidden.count, 0) AS waiting,
+               open_requests.steps - coalesce(claimed.steps, 0) AS waiting_steps,
                coalesce(claimed.count, 0) AS claimed, oldest.number AS oldest_number, oldest.created_at AS oldest_at
         FROM open_requests
         LEFT JOIN claimed ON claimed.model = open_requests.model
@@ -249,7 +250,7 @@ _SET_SETTLED = """
     WHERE id = :parent AND NOT EXISTS (SELECT 1 FROM requests WHERE id = :parent AND state = 'queued')
 """
 
-_DELETED = "id, number, service, model, finished_at, keep_seconds, labels, image_sha256, inputs, files"
+_DELETED = "id, number, service, model, parent, finished_at, keep_seconds, labels, image_sha256, inputs, files"
 
 _COST_OF_CHUNK = "SELECT cost, answers, is_cost_final FROM chunks WHERE id = ?"
 
@@ -464,12 +465,19 @@ class ModelBacklog:
     model: str
     #: Requests queued.
     waiting: int
+    #: Those of them that are steps of pipelines.
+    waiting_steps: int
     #: Requests claimed.
     claimed: int
     #: The oldest queued request's number; None if none is queued.
     oldest_number: int | None
     #: When that request was accepted.
     oldest_at: datetime | None
+
+    @property
+    def waiting_sent(self) -> int:
+        """Requests queued that clients have sent, which limits count. The steps of pipelines are the server's work."""
+        return self.waiting - self.waiting_steps
 
 
 def _take_turns(claimable: Mapping[str, int], limit: int) -> list[str]:
@@ -625,7 +633,7 @@ def insert_requests(
         files[number] = files_from_text(row["inputs"])
         if new.collection is not None:
             members.append(NewMember(new.collection, number, row["image_sha256"], new.labels))
-    count_open(transaction, [row["model"] for _, _, row in items])
+    count_open(transaction, [row for _, _, row in items])
     transaction.execute_many(_ADD_LABELS, labels)
     add_members(transaction, members)
     pipelines = [(new, number) for (new, _, _), number in zip(items, numbers, strict=True) if new.pipeline is not None]
@@ -681,7 +689,7 @@ def delete_requests(transaction: Transaction, which: str, values: Any, *, keeps_
     """
     sql = f"DELETE FROM requests WHERE {which} RETURNING {_DELETED}"
     deleted = transaction.execute(sql, values).fetchall()
-    count_open(transaction, [row["model"] for row in deleted if row["finished_at"] is None], sign=-1)
+    count_open(transaction, [row for row in deleted if row["finished_at"] is None], sign=-1)
     labels = [(row["number"], row["labels"]) for row in deleted if row["labels"] != "{}"]
     transaction.execute_many(_REMOVE_LABELS, labels)
     remove_members_of(transaction, [row["number"] for row in deleted])

@@ -65,37 +65,44 @@ _COLUMNS_OF_CLAIM = f"{_COLUMNS}, token, params, image_sha256, image_bytes, inpu
 
 #: Of requests that are retried, before they are.
 _RETRIED = """
-    SELECT model, usage, state, code, is_cached, seconds FROM requests
+    SELECT model, parent, usage, state, code, is_cached, seconds FROM requests
     WHERE {where} AND state IN ('failed', 'cancelled')
 """
 
 _COUNT_OPEN = """
-    INSERT INTO open_requests (model, count) VALUES (?, ?)
-    ON CONFLICT (model) DO UPDATE SET count = count + excluded.count
+    INSERT INTO open_requests (model, count, steps) VALUES (?, ?, ?)
+    ON CONFLICT (model) DO UPDATE SET count = count + excluded.count, steps = steps + excluded.steps
 """
 
 _NOT_ENDED = """
-    SELECT model, sum(count) AS count FROM (
-        SELECT model, count(*) AS count FROM requests INDEXED BY requests_queued WHERE state = 'queued' GROUP BY model
+    SELECT model, sum(count) AS count, sum(steps) AS steps FROM (
+        SELECT model, count(*) AS count, 0 AS steps
+        FROM requests INDEXED BY requests_queued WHERE state = 'queued' GROUP BY model
         UNION ALL
-        SELECT model, count(*) FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
+        SELECT model, count(*), 0 FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
+        UNION ALL
+        SELECT model, 0, count(*) FROM requests INDEXED BY requests_open_steps
+        WHERE parent IS NOT NULL AND state IN ('queued', 'claimed') GROUP BY model
     ) GROUP BY model
 """
 
 _WRONG_COUNTS = f"""
     WITH found AS ({_NOT_ENDED})
     SELECT model, found.count - coalesce(open_requests.count, 0) AS missing,
+           found.steps - coalesce(open_requests.steps, 0) AS missing_steps,
            coalesce(open_requests.corrections, 0) AS corrections
     FROM found LEFT JOIN open_requests USING (model)
-    WHERE missing != 0
+    WHERE missing != 0 OR missing_steps != 0
     UNION ALL
-    SELECT model, -count, corrections FROM open_requests WHERE count != 0 AND model NOT IN (SELECT model FROM found)
+    SELECT model, -count, -steps, corrections FROM open_requests
+    WHERE (count != 0 OR steps != 0) AND model NOT IN (SELECT model FROM found)
 """
 
 #: Not if another process has corrected it meanwhile.
 _CORRECT_COUNT = """
-    INSERT INTO open_requests (model, count, corrections) VALUES (:model, :missing, 1)
-    ON CONFLICT (model) DO UPDATE SET count = count + excluded.count, corrections = corrections + 1
+    INSERT INTO open_requests (model, count, steps, corrections) VALUES (:model, :missing, :missing_steps, 1)
+    ON CONFLICT (model) DO UPDATE
+    SET count = count + excluded.count, steps = steps + excluded.steps, corrections = corrections + 1
     WHERE corrections = :corrections
 """
 
@@ -146,7 +153,7 @@ def transition(
         if to is RequestState.QUEUED:
             retried = transaction.execute(_RETRIED.format(where=where), {**each, **values}).fetchall()
             count_outcomes(transaction, [(row, _outcome(row["state"], row)) for row in retried], sign=-1)
-            count_open(transaction, [row["model"] for row in retried])
+            count_open(transaction, retried)
         changed += transaction.execute(sql, {**each, **values}).fetchall()
     write_what_follows(transaction, to, changed, now=now)
     return changed
@@ -168,7 +175,7 @@ def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequ
         complete_members(transaction, [row["number"] for row in changed])
         label_members(transaction, [row["number"] for row in changed])
     if to.is_final:
-        count_open(transaction, [row["model"] for row in changed], sign=-1)
+        count_open(transaction, changed, sign=-1)
         _add_to_totals(transaction, to, changed)
         count_outcomes(transaction, [(row, _outcome(to, row)) for row in changed])
         ended_batches = _number_ends(transaction, changed)
@@ -178,17 +185,18 @@ def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequ
         _queue_webhooks(transaction, [*events, *map(_batch_done, ended_batches)], at)
 
 
-def count_open(transaction: Transaction, models: Iterable[str], *, sign: int = 1) -> None:
+def count_open(transaction: Transaction, rows: Sequence[Any], *, sign: int = 1) -> None:
     """Count requests that are queued or claimed from now on; claiming them changes nothing.
 
     Also called where they are added, and deleted before they have ended. The queue may hold millions of requests, so
     it is not counted one by one.
 
-    :param models: that of each request.
+    :param rows: of the requests, with model and parent.
     :param sign: -1 for those that have ended.
     """
-    counts = Counter(models)
-    transaction.execute_many(_COUNT_OPEN, [(model, sign * count) for model, count in counts.items()])
+    counts = Counter(row["model"] for row in rows)
+    steps = Counter(row["model"] for row in rows if row["parent"] is not None)
+    transaction.execute_many(_COUNT_OPEN, [(model, sign * counts[model], sign * steps[model]) for model in counts])
 
 
 def correct_open(database: Database) -> None:

@@ -534,7 +534,7 @@ class Intake:
         :raises BacklogFull: :raises QuotaReached: :raises DiskFull:
         """
         self._stager.free_bytes()
-        room, is_full = self._settings.max_backlog - self._queue_stats.waiting(), BacklogFull()
+        room, is_full = self._settings.max_backlog - self._queue_stats.waiting_sent(), BacklogFull()
         if room <= 0:
             raise is_full
         left = quota_left()

@@ -38,9 +38,9 @@ class QueueStats:
         """List the batchers that are alive. :raises StoreError:"""
         return self._counts.get()[1]
 
-    def waiting(self) -> int:
-        """Count the requests that are queued. :raises StoreError:"""
-        return sum(backlog.waiting for backlog in self.backlog())
+    def waiting_sent(self) -> int:
+        """Count the requests that are queued, without the steps of pipelines. :raises StoreError:"""
+        return sum(backlog.waiting_sent for backlog in self.backlog())
 
     def throughput(self, model: str) -> Throughput | None:
         """Return the recent throughput of a model. :param model: canonical. :raises StoreError:"""

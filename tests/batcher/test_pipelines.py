@@ -683,6 +683,57 @@ def test_waiting_steps_are_counted_without_reading_all_requests(bench: PipelineB
     assert not any("requests USING INTEGER PRIMARY KEY (rowid<?)" in line for line in plan), plan
 
 
+def test_the_steps_of_a_request_are_not_counted_as_sent(bench: PipelineBench, store: Store) -> None:
+    counts = []
+
+    def count() -> None:
+        backlog = store.requests.backlog()
+        counts.append((sum(one.waiting for one in backlog), sum(one.waiting_sent for one in backlog)))
+        is_open = "parent IS NOT NULL AND state IN ('queued', 'claimed')"
+        kept, found = store.database.row(
+            f"SELECT (SELECT sum(steps) FROM open_requests), (SELECT count(*) FROM requests WHERE {is_open})"
+        )
+        assert kept == found
+
+    id = bench.send().id
+    count()
+    bench.go_on()
+    count()
+    claims = bench.claim(FIND)
+    count()
+    bench.answer(claims, {"spots": [spot(), spot()]})
+    bench.go_on()
+    count()
+    bench.fail(bench.claim(CUT))
+    bench.go_on()
+    store.requests.cancel(bench.send(b"another").id, now=NOW)
+    bench.go_on()
+    count()
+    store.requests.remove(id)
+    count()
+
+    assert counts == [(1, 1), (2, 1), (1, 1), (3, 1), (0, 0), (0, 0)]
+    store.database.execute("UPDATE open_requests SET steps = 7")
+    store.requests.correct_open()
+    count()
+
+
+def test_the_steps_that_an_earlier_version_left_open_are_counted(bench: PipelineBench, store: Store) -> None:
+    bench.send()
+    bench.send(b"another")
+    bench.go_on()
+    for statement in ("DROP INDEX requests_open_steps", "ALTER TABLE open_requests DROP COLUMN steps"):
+        store.database.execute(statement)
+    store.database.execute("DELETE FROM migrations WHERE name = 'm030_open_steps'")
+
+    assert store.migrate() == ["m030_open_steps"]
+
+    assert {one.model: (one.waiting, one.waiting_sent) for one in store.requests.backlog()} == {
+        "dots": (2, 2),
+        FIND: (2, 0),
+    }
+
+
 def test_operators_figures_count_the_steps_and_not_the_request(bench: PipelineBench, store: Store) -> None:
     dashboard = Dashboard(store, QueueStats(store), lambda: bench.now)
     bench.send()

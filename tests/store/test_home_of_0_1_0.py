@@ -58,6 +58,7 @@ NEW_FIELDS = {
     "position",
     "run",
     "progress",
+    "waiting_steps",
 }
 #: Fields that deliveries did not have.
 NEW_FIELDS_OF_DELIVERIES = {"owner", "host"}

@@ -101,6 +101,7 @@ def backlog(waiting: int, *, model: str = "m", claimed: int = 0, oldest: int = 1
         service="classification",
         model=model,
         waiting=waiting,
+        waiting_steps=0,
         claimed=claimed,
         oldest_number=oldest if waiting else None,
         oldest_at=NOW - seconds(age) if waiting else None,
@@ -488,7 +489,7 @@ def test_the_queue_is_counted_once_a_second_by_one_thread(store: Store) -> None:
     store.requests = Counting()  # type: ignore[assignment]
     queue_stats = QueueStats(store)
     together = threading.Barrier(8)
-    threads = [threading.Thread(target=lambda: (together.wait(), queue_stats.waiting())) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: (together.wait(), queue_stats.waiting_sent())) for _ in range(8)]
 
     for thread in threads:
         thread.start()
@@ -512,12 +513,12 @@ def test_readers_use_the_old_counts_while_new_ones_are_loaded(store: Store) -> N
 
     store.requests = Slow()  # type: ignore[assignment]
     queue_stats = QueueStats(store)
-    queue_stats.waiting()
+    queue_stats.waiting_sent()
     may_count.clear()
     time.sleep(FRESH_SECONDS)
 
     # Would never return if it waited for the count.
-    assert queue_stats.waiting() == 0
+    assert queue_stats.waiting_sent() == 0
 
     may_count.set()
     wait_until(lambda: len(counted) == 2)
