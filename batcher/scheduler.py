@@ -344,8 +344,9 @@ class _InitialBacklog:
             for each in backlog
             if each.service != PIPELINE and each.oldest_number is not None and each.oldest_number <= self._newest_number
         }
-        if any(each.service == PIPELINE for each in backlog):
-            found |= self._store.pipelines.waiting_models(self._newest_number)
+        pipelines = [each.model for each in backlog if each.service == PIPELINE]
+        if pipelines:
+            found |= self._store.pipelines.waiting_models(pipelines, self._newest_number)
         return found
 
     def models(self) -> frozenset[str]:

@@ -1119,6 +1119,31 @@ def m030_open_steps(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m031_pipeline_runs(db: sqlite_utils.Database) -> None:
+    """Runs that have something to do by whether their requests have ended, and how many requests came before each."""
+    for statement in (
+        "ALTER TABLE pipeline_runs ADD COLUMN is_ended INTEGER NOT NULL DEFAULT 0 CHECK (is_ended IN (0, 1))",
+        "ALTER TABLE pipeline_runs ADD COLUMN earlier INTEGER",
+        """
+        UPDATE pipeline_runs SET is_ended = 1
+        WHERE number NOT IN (SELECT number FROM requests WHERE state = 'queued' AND service = 'pipeline')
+        """,
+        # Those that were deleted came before, as most of them did.
+        """
+        UPDATE pipeline_runs SET earlier = counted.earlier FROM (
+            SELECT id, row_number() OVER (ORDER BY number) - 1 - count(*) OVER ()
+                   + (SELECT coalesce(sum(count), 0) FROM totals WHERE outcome = 'pipeline') AS earlier
+            FROM pipeline_runs
+        ) AS counted WHERE counted.id = pipeline_runs.id
+        """,
+        "DROP INDEX pipeline_runs_ready",
+        "CREATE INDEX pipeline_runs_ready ON pipeline_runs (is_ended, number) WHERE changed != advanced",
+        "CREATE INDEX pipeline_runs_number ON pipeline_runs (number, earlier) WHERE earlier IS NOT NULL",
+        "CREATE INDEX totals_pipelines ON totals (count) WHERE outcome = 'pipeline'",
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -1146,6 +1171,7 @@ STEPS: tuple[Step, ...] = (
     m025_usage,
     m027_open_requests,
     m030_open_steps,
+    m031_pipeline_runs,
 )
 
 

@@ -9,7 +9,6 @@ What is counted is what workers compute: of a request to a pipeline its steps, n
 
 from __future__ import annotations
 
-import bisect
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from datetime import datetime
 from store.chunks import ChunkRecord
 from store.database import Database
 from store.pipelines.definition import PIPELINE
+from store.pipelines.runs import COUNT_ADDED
 from store.rows import to_text
 
 # SQLite's record of AUTOINCREMENT: numbers have no gaps and are never reused.
 _LAST_NUMBER = "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'requests'), 0)"
-
-_PIPELINES = f"SELECT coalesce(sum(count), 0) FROM totals WHERE outcome = '{PIPELINE}'"
 
 _TOTALS = f"""
     SELECT model, outcome, code, up_to, count, seconds FROM totals WHERE outcome != '{PIPELINE}'
@@ -36,7 +34,10 @@ _MINUTES = """
     FROM chunks WHERE finished_at >= ? GROUP BY 1, 2 ORDER BY 1, 2
 """
 
-_PIPELINES_SINCE = "SELECT number FROM pipeline_runs WHERE number >= ?"
+_PIPELINES_BEFORE = """
+    SELECT earlier FROM pipeline_runs INDEXED BY pipeline_runs_number
+    WHERE number >= ? AND earlier IS NOT NULL ORDER BY number LIMIT 1
+"""
 
 _AT_OR_AFTER = "SELECT number, created_at FROM requests WHERE number >= ? ORDER BY number LIMIT 1"
 
@@ -48,8 +49,9 @@ _ANSWERED = """
 """
 
 _FAILURES = f"""
-    SELECT id, model, coalesce(code, 'unknown') AS code, reason, provider, finished_at FROM requests
-    WHERE state = 'failed' AND service != '{PIPELINE}' ORDER BY number DESC LIMIT ?
+    SELECT id, model, coalesce(code, 'unknown') AS code, reason, provider, finished_at FROM (
+        SELECT * FROM requests WHERE state = 'failed' ORDER BY number DESC LIMIT 10 * :limit
+    ) WHERE service != '{PIPELINE}' LIMIT :limit
 """
 
 _FAILED_CHUNKS = """
@@ -126,7 +128,7 @@ class Stats:
 
     def count_accepted(self) -> int:
         """Count the requests that were ever accepted."""
-        ((count,),) = self._database.rows(f"SELECT ({_LAST_NUMBER}) - ({_PIPELINES})")
+        ((count,),) = self._database.rows(f"SELECT ({_LAST_NUMBER}) - ({COUNT_ADDED})")
         return int(count)
 
     def list_totals(self) -> list[OutcomeTotal]:
@@ -139,17 +141,16 @@ class Stats:
 
     def count_accepted_before(self, times: Sequence[datetime]) -> list[int]:
         """Count, for each time, the requests that were accepted before it. :param times: ascending."""
-        firsts = []
+        counts = []
         with self._database.snapshot() as connection:
             (last,) = connection.execute(_LAST_NUMBER).fetchone()
+            (pipelines,) = connection.execute(COUNT_ADDED).fetchone()
             low = 1
             for time in times:
                 low = _first_since(connection, to_text(time), low, last + 1)
-                firsts.append(low)
-            (pipelines,) = connection.execute(_PIPELINES).fetchone()
-            # Those that were deleted since count as accepted before: they are older than most.
-            later = sorted(number for (number,) in connection.execute(_PIPELINES_SINCE, (min(firsts, default=1),)))
-        return [first - 1 - (pipelines - len(later) + bisect.bisect_left(later, first)) for first in firsts]
+                later = connection.execute(_PIPELINES_BEFORE, (low,)).fetchone()
+                counts.append(low - 1 - (pipelines if later is None else later["earlier"]))
+        return counts
 
     def list_answered(self, *, limit: int) -> list[AnsweredRequest]:
         """List the requests answered last, the latest first, except those answered with an earlier answer."""
@@ -157,7 +158,7 @@ class Stats:
 
     def list_failures(self, *, limit: int) -> list[FailureRecord]:
         """List the failed requests that arrived last, the latest first."""
-        return self._database.records(FailureRecord, _FAILURES, (limit,))
+        return self._database.records(FailureRecord, _FAILURES, {"limit": limit})
 
     def list_failed_chunks(self, *, limit: int) -> list[FailureRecord]:
         """List the chunks that failed as a whole, the latest first."""

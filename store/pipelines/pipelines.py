@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -42,7 +42,7 @@ _READY = """
     SELECT pipeline_runs.id AS id, pipeline_runs.removed AS removed, is_retried, state
     FROM pipeline_runs INDEXED BY pipeline_runs_ready
     LEFT JOIN requests ON requests.number = pipeline_runs.number
-    WHERE changed != advanced AND state {which} 'queued' AND coalesce(requests.batch_id, '') NOT IN (
+    WHERE changed != advanced AND is_ended = :is_ended AND coalesce(requests.batch_id, '') NOT IN (
         SELECT id FROM batches WHERE arrival > 0 AND (arrival != 2 OR arrival_ends_at > :now))
     ORDER BY pipeline_runs.number LIMIT :limit
 """
@@ -73,7 +73,8 @@ _WAITING_MODELS = f"""
     WHERE parent IN (
         SELECT id FROM requests WHERE number IN (
             SELECT number FROM requests INDEXED BY requests_queued
-            WHERE state = 'queued' AND service = '{PIPELINE}' AND number <= ?))
+            WHERE state = 'queued' AND model IN (SELECT value FROM json_each(?)) AND service = '{PIPELINE}'
+              AND number <= ?))
       AND state = 'queued' GROUP BY model
 """
 
@@ -141,7 +142,7 @@ class Pipelines:
         :param limit: of each kind, so that neither waits for all of the other.
         """
         values = {"now": to_text(now), "limit": limit}
-        rows = [row for which in ("IS", "IS NOT") for row in self._database.rows(_READY.format(which=which), values)]
+        rows = [row for ended in (0, 1) for row in self._database.rows(_READY, {**values, "is_ended": ended})]
         return [
             ReadyRun(
                 id=row["id"],
@@ -151,9 +152,9 @@ class Pipelines:
             for row in rows
         ]
 
-    def waiting_models(self, newest_number: int) -> dict[str, int]:
-        """Count the queued children of the parents up to a number: model -> requests."""
-        return dict(self._database.rows(_WAITING_MODELS, (newest_number,)))
+    def waiting_models(self, pipelines: Iterable[str], newest_number: int) -> dict[str, int]:
+        """Count the queued children of the parents up to a number: model -> requests. :param pipelines: names."""
+        return dict(self._database.rows(_WAITING_MODELS, (json.dumps(list(pipelines)), newest_number)))
 
     def advance(self, advances: Sequence[Advance], *, now: datetime) -> None:
         """Write what follows for some runs, in commits of at most ROWS_PER_COMMIT rows.

@@ -5,7 +5,8 @@ A run belongs to a request to a pipeline, the parent. Its steps are requests of 
 request has an outcome instead. `requests.py` adds a run with its request; `transition.py` notes here that a child has
 ended, in the same transaction, so that the batcher (`batcher/pipelines.py`) finds every run that can go on.
 
-    pipeline_runs         one for each parent; ready while `changed` differs from `advanced`
+    pipeline_runs         one for each parent; ready while `changed` differs from `advanced`. `is_ended` keeps those
+                          whose parents have ended apart in the index, and `earlier` is how many were added before
     pipeline_outcomes     steps that were skipped, or failed before there was a request
     pipeline_definitions  each pipeline as it was when the first of its requests came
 """
@@ -34,13 +35,20 @@ REMOVE_ALL, REMOVE_OTHERS = 1, 2
 
 _ADD_DEFINITION = "INSERT OR IGNORE INTO pipeline_definitions (digest, definition) VALUES (?, ?)"
 
-_ADD_RUN = "INSERT INTO pipeline_runs (id, number, definition, changed, advanced) VALUES (?, ?, ?, 1, 0)"
+_ADD_RUN = """
+    INSERT INTO pipeline_runs (id, number, definition, changed, advanced, earlier) VALUES (?, ?, ?, 1, 0, ?)
+"""
+
+#: How many requests to pipelines were ever added.
+COUNT_ADDED = f"SELECT coalesce(sum(count), 0) FROM totals WHERE outcome = '{PIPELINE}'"
 
 _NOTE = "UPDATE pipeline_runs SET changed = changed + 1 WHERE id = ?"
 
-_NOTE_RETRY = "UPDATE pipeline_runs SET changed = changed + 1, is_retried = 1 WHERE id = ?"
+_NOTE_RETRY = "UPDATE pipeline_runs SET changed = changed + 1, is_retried = 1, is_ended = 0 WHERE id = ?"
 
-_NOTE_REMOVAL = "UPDATE pipeline_runs SET changed = changed + 1, removed = ? WHERE id = ?"
+_NOTE_END = "UPDATE pipeline_runs SET is_ended = 1, changed = changed + ? WHERE id = ?"
+
+_NOTE_REMOVAL = "UPDATE pipeline_runs SET changed = changed + 1, removed = ?, is_ended = 1 WHERE id = ?"
 
 _NOTE_GROWTH = """
     INSERT INTO changes (number, batch_id, state, at)
@@ -96,12 +104,15 @@ class PipelineRun:
         )
 
 
-def add_runs(transaction: Transaction, new: Iterable[tuple[str, int, str]]) -> None:
-    """Add runs. :param new: id and number of the parent, and the pipeline as text."""
-    for id, number, text in new:
+def add_runs(transaction: Transaction, new: Sequence[tuple[str, int, str]]) -> None:
+    """Add runs, and then count them. :param new: id and number of the parent, and the pipeline as text."""
+    if not new:
+        return
+    (earlier,) = transaction.execute(COUNT_ADDED).fetchone()
+    for position, (id, number, text) in enumerate(new):
         digest = hashlib.sha256(text.encode()).hexdigest()
         transaction.execute(_ADD_DEFINITION, (digest, text))
-        transaction.execute(_ADD_RUN, (id, number, digest))
+        transaction.execute(_ADD_RUN, (id, number, digest, earlier + position))
 
 
 def note_changes(transaction: Transaction, to: RequestState, changed: Sequence[Any], at: str) -> None:
@@ -115,9 +126,11 @@ def note_changes(transaction: Transaction, to: RequestState, changed: Sequence[A
         transaction.execute_many(_NOTE, [(id,) for id in parents])
     if to.is_final:
         note_growth(transaction, parents, at)
-    if to in (RequestState.QUEUED, RequestState.CANCELLED):
-        runs = [(row["id"],) for row in changed if row["service"] == PIPELINE]
-        transaction.execute_many(_NOTE_RETRY if to is RequestState.QUEUED else _NOTE, runs)
+    runs = [row["id"] for row in changed if row["service"] == PIPELINE]
+    if to is RequestState.QUEUED:
+        transaction.execute_many(_NOTE_RETRY, [(id,) for id in runs])
+    elif to.is_final:
+        transaction.execute_many(_NOTE_END, [(to is RequestState.CANCELLED, id) for id in runs])
 
 
 def note_growth(transaction: Transaction, parents: Iterable[str], at: str) -> None:

@@ -18,6 +18,7 @@ from store.database import Database, Transaction
 from store.errors import NotRemovable, NotRetryable, StoreUnavailable, UnknownRequest
 from store.pipelines import pipelines
 from store.pipelines.definition import MAX_ITEMS
+from store.pipelines.pipelines import ReadyRun
 from store.pipelines.runs import PipelineRun
 from store.requests import Answer, Blame, NewItem, NewRequest, RequestRecord, answer_known
 from store.settings import HomeSettings
@@ -650,8 +651,8 @@ def test_a_single_run_counts_the_waiting_steps_of_requests_from_before(bench: Pi
     bench.send(b"two")
     bench.go_on()
 
-    assert store.pipelines.waiting_models(earlier.number) == {FIND: 1}
-    assert store.pipelines.waiting_models(earlier.number + 1) == {FIND: 2}
+    assert store.pipelines.waiting_models(["dots"], earlier.number) == {FIND: 1}
+    assert store.pipelines.waiting_models(["dots"], earlier.number + 1) == {FIND: 2}
 
 
 def test_results_of_pipelines_are_read_a_few_at_a_time(bench: PipelineBench, store: Store) -> None:
@@ -675,11 +676,29 @@ def test_the_items_of_a_batch_are_read_without_their_steps(bench: PipelineBench,
     assert last is not None and last.run is not None and list(last.run.children) == [("find", 0)]
 
 
+def test_what_goes_on_is_found_without_reading_what_waits(bench: PipelineBench, store: Store) -> None:
+    """By the number of SQLite's instructions, which no other work on the machine changes."""
+    counts = []
+    for number in (10, 200):
+        for _ in range(number):
+            bench.send()
+        steps: list[None] = []
+        with store.database.read() as connection:  # the calls use it again
+            connection.set_progress_handler(lambda steps=steps: steps.append(None), 10)
+        store.pipelines.list_ready(now=NOW, limit=1)
+        store.stats.count_accepted_before([NOW - AN_HOUR])
+        counts.append(len(steps))
+    with store.database.read() as connection:
+        connection.set_progress_handler(None, 0)
+
+    assert 0 < counts[1] < counts[0] + 50, counts
+
+
 def test_waiting_steps_are_counted_without_reading_all_requests(bench: PipelineBench, store: Store) -> None:
     with store.database.read() as connection:
-        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {pipelines._WAITING_MODELS}", (9,))]
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {pipelines._WAITING_MODELS}", ("[]", 9))]
 
-    assert any("COVERING INDEX requests_queued" in line for line in plan), plan
+    assert any("COVERING INDEX requests_queued (model=?" in line for line in plan), plan
     assert not any("requests USING INTEGER PRIMARY KEY (rowid<?)" in line for line in plan), plan
 
 
@@ -718,20 +737,37 @@ def test_the_steps_of_a_request_are_not_counted_as_sent(bench: PipelineBench, st
     count()
 
 
-def test_the_steps_that_an_earlier_version_left_open_are_counted(bench: PipelineBench, store: Store) -> None:
-    bench.send()
-    bench.send(b"another")
+def test_the_runs_and_steps_of_an_earlier_version_are_found_and_counted(bench: PipelineBench, store: Store) -> None:
+    def figures() -> tuple[list[ReadyRun], dict[str, tuple[int, int]], list[int]]:
+        ready = store.pipelines.list_ready(now=NOW, limit=1)
+        backlog = {one.model: (one.waiting, one.waiting_sent) for one in store.requests.backlog()}
+        return ready, backlog, store.stats.count_accepted_before([NOW - AN_HOUR, NOW + AN_HOUR])
+
+    _, ended, _ = (bench.send(name.encode()).id for name in ("answered", "ended", "under way"))
     bench.go_on()
-    for statement in ("DROP INDEX requests_open_steps", "ALTER TABLE open_requests DROP COLUMN steps"):
+    claims = bench.claim(FIND, limit=2)
+    store.requests.cancel(ended, now=NOW)
+    bench.answer(claims, {"spots": []})
+    before = ready, backlog, accepted = figures()
+    for statement in (
+        "DROP INDEX requests_open_steps",
+        "ALTER TABLE open_requests DROP COLUMN steps",
+        "DROP INDEX totals_pipelines",
+        "DROP INDEX pipeline_runs_number",
+        "DROP INDEX pipeline_runs_ready",
+        "ALTER TABLE pipeline_runs DROP COLUMN earlier",
+        "ALTER TABLE pipeline_runs DROP COLUMN is_ended",
+        "CREATE INDEX pipeline_runs_ready ON pipeline_runs (number) WHERE changed != advanced",
+        "DELETE FROM migrations WHERE name IN ('m030_open_steps', 'm031_pipeline_runs')",
+    ):
         store.database.execute(statement)
-    store.database.execute("DELETE FROM migrations WHERE name = 'm030_open_steps'")
 
-    assert store.migrate() == ["m030_open_steps"]
+    assert store.migrate() == ["m030_open_steps", "m031_pipeline_runs"]
 
-    assert {one.model: (one.waiting, one.waiting_sent) for one in store.requests.backlog()} == {
-        "dots": (2, 2),
-        FIND: (2, 0),
-    }
+    assert figures() == before
+    assert [one.is_ended for one in ready] == [False, True]
+    assert backlog == {"dots": (2, 2), FIND: (1, 0)}
+    assert accepted == [0, 3]
 
 
 def test_operators_figures_count_the_steps_and_not_the_request(bench: PipelineBench, store: Store) -> None:

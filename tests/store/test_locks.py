@@ -417,7 +417,7 @@ def run_pipelines(store: Store) -> None:
         add_run(store, id)
         add_steps(store, 1, id)
     store.pipelines.list_ready(now=NOW, limit=9)
-    store.pipelines.waiting_models(99)
+    store.pipelines.waiting_models(["dots"], 99)
     store.requests.cancel("p2", now=NOW)
     store.requests.settle_children(["p2"], now=NOW)
     store.requests.retry("p2", now=NOW)
@@ -493,6 +493,7 @@ READS: dict[str, Callable[[Store], object]] = {
 WALKED = (
     "json_each",
     "pipeline_runs_ready",
+    "totals_pipelines",
     "CONSTANT ROW",
     "endpoints",
     "found",

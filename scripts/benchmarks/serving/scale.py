@@ -1,4 +1,4 @@
-"""What a request costs as each quantity grows: queue, kept requests, models, API keys, items of a batch, workers.
+"""What a request costs as quantities grow: queue, kept requests, models, keys, items of a batch, workers, pipelines.
 
 One figure for each power of ten. Times of the store are milliseconds of processor time, which other work on the machine
 changes little; those of pages are milliseconds by the clock. Each size is measured in a process of its own, whose peak
@@ -23,6 +23,7 @@ from typing import Any
 import click
 import httpx
 
+from batcher.pipelines import PipelineRunner
 from provider_image.compiler import ensure_installed
 from provider_image.models.registry import list_rows
 from scripts.benchmarks.support import processes, stored_requests
@@ -32,6 +33,7 @@ from store.batches import BatchRecord
 from store.clients.keys import KeyRecord, Scope, hash_key, make_key
 from store.processes.batchers import BatcherRecord
 from store.requests import Answer, Claim, NewRequest
+from store.search import Query
 from store.states import RequestState
 from store.store import Store
 
@@ -40,6 +42,11 @@ ITEMS = stored_requests.ITEMS
 MODELS = 6
 #: Requests that wait, where nothing else is said.
 WAITING = 20_000
+#: From the middle, those whose steps exist.
+_SOME_PIPELINES = """
+    SELECT id FROM requests WHERE service = 'pipeline' AND state = :state AND number % 20 != 0
+      AND number > (SELECT max(number) / 2 FROM requests) LIMIT :limit
+"""
 #: Name -> milliseconds, or megabytes.
 Figures = dict[str, float]
 
@@ -143,6 +150,47 @@ def measure_batch(home: Path, times: int, items: int) -> Figures:
         }
 
 
+def measure_pipelines(home: Path, times: int) -> Figures:
+    """Measure what servers and batchers do with requests to pipelines, of which ten go on at a time."""
+    with stored_requests.opened(home) as store:
+        runner = PipelineRunner(store, home / "models", clock=lambda: datetime.now(UTC))
+        now = datetime.now(UTC)
+        ids = [id for (id,) in store.database.rows(_SOME_PIPELINES, {"state": "queued", "limit": times})]
+        ended = [id for (id,) in store.database.rows(_SOME_PIPELINES, {"state": "done", "limit": times})]
+        queued, done = iter(ids), iter(ended)
+        long_ago = now - timedelta(days=9)
+        found = {
+            "find what goes on": processor_ms(lambda: store.pipelines.list_ready(now=now, limit=10), times),
+            "let 10 go on": processor_ms(runner.run_ready, times),
+            "count the queue": processor_ms(store.requests.backlog, times),
+            "expire": processor_ms(lambda: store.requests.expire(now), times),
+            "read": processor_ms(lambda: store.requests.get(ids[0]), times),
+            "list 50": processor_ms(
+                lambda: store.search.find(Query(model=stored_requests.PIPELINE_NAME), limit=50), times
+            ),
+            "received a minute": processor_ms(lambda: store.stats.count_accepted_before([long_ago, now]), times),
+            "cancel": processor_ms(lambda: store.requests.cancel(next(queued), now=now), times),
+            "delete": processor_ms(lambda: store.requests.remove(next(done)), times),
+        }
+
+        def claim_and_answer() -> None:
+            claims = store.requests.claim(
+                models=[stored_requests.STEP_MODEL],
+                limit=ITEMS,
+                now=now,
+                lease_ends_at=now + timedelta(seconds=30),
+                oldest_before=now,
+            )
+            answers = [
+                Answer(claim=each, output={}, digest="d" * 64, chunk_id="c", provider="p", seconds=0.02)
+                for each in claims
+            ]
+            store.requests.finish(answers, now=now)
+
+        found[f"claim and answer {ITEMS} steps"] = processor_ms(claim_and_answer, times)
+        return found
+
+
 def measure_models(home: Path, times: int) -> Figures:
     """Measure the list of models, which pages and the batcher read."""
     models = home / "models"
@@ -153,6 +201,7 @@ KINDS: Mapping[str, Callable[..., Figures]] = {
     "store": measure_store,
     "batch": measure_batch,
     "models": measure_models,
+    "pipelines": measure_pipelines,
 }
 
 
@@ -308,6 +357,16 @@ def of_workers(last: int, times: int) -> list[tuple[int, Figures]]:
     return rows
 
 
+def of_pipelines(last: int, times: int) -> list[tuple[int, Figures]]:
+    """Measure with more and more requests to a pipeline, as `stored_requests.add_pipelines` makes them."""
+    rows = []
+    for size in tens(last, 10_000):
+        with new_home() as (_, home):
+            stored_requests.add_pipelines(home, size)
+            rows.append((size, in_own_process("pipelines", home=home, times=times)))
+    return rows
+
+
 #: Name -> what is counted, the largest size by default, and how it is measured.
 QUANTITIES: Mapping[str, tuple[str, int, Callable[[int, int], list[tuple[int, Figures]]]]] = {
     "queue": ("queued requests", 1_000_000, lambda last, times: of_requests(RequestState.QUEUED, last, times)),
@@ -316,6 +375,7 @@ QUANTITIES: Mapping[str, tuple[str, int, Callable[[int, int], list[tuple[int, Fi
     "keys": ("API keys", 10_000, of_keys),
     "batch": ("items of a batch", 10_000, of_batches),
     "workers": ("workers", 1000, of_workers),
+    "pipelines": ("requests to a pipeline", 1_000_000, of_pipelines),
 }
 
 

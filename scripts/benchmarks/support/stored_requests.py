@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 from store import new_id
 from store.database import Transaction
+from store.pipelines.definition import PIPELINE, Pipeline, PipelineStep
 from store.requests import NewRequest
 from store.rows import to_text
 from store.settings import HomeSettings
@@ -80,8 +82,35 @@ _ADD_ROWS = {
     """,
 }
 _COUNT_OPEN = """
-    INSERT OR REPLACE INTO open_requests (model, count)
-    SELECT model, count(*) FROM requests WHERE state IN ('queued', 'claimed') GROUP BY model
+    INSERT OR REPLACE INTO open_requests (model, count, steps)
+    SELECT model, count(*), count(parent) FROM requests WHERE state IN ('queued', 'claimed') GROUP BY model
+"""
+#: The model of the step, of which a request to PIPELINE_NAME has one. Of ten requests one has not begun, one waits for
+#: its step, and the others are done.
+STEP_MODEL = "crop"
+PIPELINE_NAME = "cut"
+_PIPELINES = f"""
+    WITH RECURSIVE counter (n) AS (SELECT :first UNION ALL SELECT n + 1 FROM counter LIMIT :count),
+    -- The request, and its step.
+    part (n, parent) AS (SELECT n, 0 FROM counter UNION ALL SELECT n, 1 FROM counter WHERE n % 10 != 0)
+    INSERT INTO requests (number, id, service, model, image_sha256, image_bytes, created_at, due_at, state, token,
+                          claimed_at, finished_at, chunk_id, provider, digest, seconds, output, parent, step, position)
+    SELECT 2 * n + parent, printf('%032x', 2 * n + parent), iif(parent, '{STEP_MODEL}', '{PIPELINE}'),
+           iif(parent, '{STEP_MODEL}', '{PIPELINE_NAME}'), printf('%064x', n), 100000, :now, :now,
+           iif(n % 10 < 2, 'queued', 'done'), 1, iif(n % 10 < 2, NULL, :now), iif(n % 10 < 2, NULL, :now),
+           iif(n % 10 < 2, NULL, 'c' || n), iif(n % 10 < 2, NULL, 'provider'),
+           iif(n % 10 < 2, NULL, printf('%064x', 0)), iif(n % 10 < 2, NULL, 0.02), iif(n % 10 < 2, NULL, '[]'),
+           iif(parent, printf('%032x', 2 * n), NULL), iif(parent, 'cut', NULL), iif(parent, 0, NULL)
+    FROM part
+"""
+_RUNS = """
+    WITH RECURSIVE counter (n) AS (SELECT :first UNION ALL SELECT n + 1 FROM counter LIMIT :count)
+    INSERT INTO pipeline_runs (id, number, definition, changed, advanced, is_ended, earlier)
+    SELECT printf('%032x', 2 * n), 2 * n, :definition, 1, n % 10 != 0, n % 10 > 1, n - 1 FROM counter
+"""
+_COUNT_PIPELINES = f"""
+    INSERT OR REPLACE INTO totals (model, outcome, code, up_to, count, seconds)
+    SELECT model, '{PIPELINE}', '', 9e999, count(*), 0.0 FROM requests WHERE service = '{PIPELINE}' GROUP BY model
 """
 
 
@@ -187,6 +216,24 @@ def add_rows(home: Path, count: int, *, models: int, state: RequestState, claims
             connection.execute(_ADD_ROWS[state], {**values, "count": min(_SLICE, count - first)})
         if not state.is_final:
             connection.execute(_COUNT_OPEN)
+
+
+def add_pipelines(home: Path, count: int) -> None:
+    """Add requests to a pipeline without images, and their steps, to a home that has none."""
+    step = PipelineStep(name="cut", model=STEP_MODEL, service=STEP_MODEL, inputs={"image": "request.image"})
+    definition = Pipeline(name=PIPELINE_NAME, title="Cut", steps=(step,)).to_text()
+    digest = hashlib.sha256(definition.encode()).hexdigest()
+    with opened(home):
+        values = {"now": to_text(datetime.now(UTC)), "definition": digest}
+    with contextlib.closing(sqlite3.connect(home / "mlg.db", isolation_level=None)) as connection:
+        connection.executescript("PRAGMA synchronous = OFF; PRAGMA cache_size = -400000")
+        connection.execute("INSERT OR IGNORE INTO pipeline_definitions VALUES (?, ?)", (digest, definition))
+        for first in range(0, count, _SLICE):
+            some = {**values, "first": first + 1, "count": min(_SLICE, count - first)}
+            connection.execute(_PIPELINES, some)
+            connection.execute(_RUNS, some)
+        connection.execute(_COUNT_OPEN)
+        connection.execute(_COUNT_PIPELINES)
 
 
 def _write_what_follows(home: Path, count: int, slice_size: int = 10_000) -> None:

@@ -381,6 +381,9 @@ def test_a_cached_figure_is_loaded_again_after_no_thread_could_be_started(monkey
         ("stats:_FAILURES", {"requests_failed"}),
         ("stats:_FAILED_CHUNKS", {"chunks_failed"}),
         ("stats:_UNFINISHED_CHUNKS", {"chunks_under_way"}),
+        ("stats:_PIPELINES_BEFORE", {"pipeline_runs_number"}),
+        ("pipelines.pipelines:_READY", {"pipeline_runs_ready", "batches_arriving"}),
+        ("pipelines.pipelines:_WAITING_MODELS", {"requests_parent", "requests_queued"}),
     ],
 )
 def test_frequent_queries_use_an_index_that_stays_small(store: Store, name: str, indexes: set[str]) -> None:
