@@ -36,7 +36,7 @@ class UntrueResults(MalformedResults):
     code = "malformed_results"
 
 
-class ModelChanged(MlgError):
+class ModelReplaced(MlgError):
     """The model was removed or installed again while it computed, so it computes again as it is now."""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batcher.backoff import Backoff
-from batcher.errors import ExecutorUnavailable, ImageMissing, ModelChanged, ResizingUnavailable, UntrueResults
+from batcher.errors import ExecutorUnavailable, ImageMissing, ModelReplaced, ResizingUnavailable, UntrueResults
 from batcher.executors import Outcome
 from batcher.packing import PackedChunk
 from batcher.planner import PlannedItem
@@ -115,8 +115,8 @@ def resolve_chunk(
         possible = packed.digests[:1] if try_item is not None else packed.digests
         results = _read(packed, artefact, packed.results, [*installed, *possible])
         if results.digest not in installed:
-            raise ModelChanged()
-    except (MalformedResults, ModelChanged, *MODEL_ERRORS) as error:
+            raise ModelReplaced()
+    except (MalformedResults, ModelReplaced, *MODEL_ERRORS) as error:
         failed = Outcome(provider=outcome.provider, seconds=outcome.seconds, error=error)
         return resolve_failed_chunk(packed.items, failed, is_stopping=is_stopping)
     answers: list[Answer] = []
@@ -199,8 +199,8 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     failed = tuple(items)
     error = outcome.error or ChunkError()
     is_model_unusable = isinstance(error, MODEL_ERRORS)
-    if outcome.is_blameless or is_model_unusable or isinstance(error, UntrueResults | ModelChanged):
-        delay = 0.0 if is_stopping or isinstance(error, ModelChanged) else UNAVAILABLE_RETRY_SECONDS
+    if outcome.is_blameless or is_model_unusable or isinstance(error, UntrueResults | ModelReplaced):
+        delay = 0.0 if is_stopping or isinstance(error, ModelReplaced) else UNAVAILABLE_RETRY_SECONDS
         failures = [_make_failure(failed, error, Blame.NOBODY, delay)]
     elif len(failed) == 1:
         failures = [_blame_item(failed[0], error)]

@@ -241,11 +241,11 @@ def test_a_model_that_changes_while_it_computes_blames_nobody(
     of_strangers = resolve_chunk(packed, DONE, models, try_item=trying())
 
     assert [(each.blame, each.code, each.delay_seconds) for each in outcome.failures] == [
-        (Blame.NOBODY, "model_changed", 0.0)
+        (Blame.NOBODY, "model_replaced", 0.0)
     ]
     assert not outcome.is_model_unusable
     assert of_strangers.error is not None
-    assert of_strangers.error.code == ("malformed_results" if is_copy else "model_changed")
+    assert of_strangers.error.code == ("malformed_results" if is_copy else "model_replaced")
     if not is_copy:
         assert check_results(packed, models, trying(), packed.results) == 0
 
