@@ -1124,6 +1124,11 @@ def m031_pipeline_runs(db: sqlite_utils.Database) -> None:
     for statement in (
         "ALTER TABLE pipeline_runs ADD COLUMN is_ended INTEGER NOT NULL DEFAULT 0 CHECK (is_ended IN (0, 1))",
         "ALTER TABLE pipeline_runs ADD COLUMN earlier INTEGER",
+        # Those of a batch that arrives are passed over in the index.
+        "ALTER TABLE pipeline_runs ADD COLUMN batch_id TEXT",
+        """
+        UPDATE pipeline_runs SET batch_id = (SELECT batch_id FROM requests WHERE requests.number = pipeline_runs.number)
+        """,
         """
         UPDATE pipeline_runs SET is_ended = 1
         WHERE number NOT IN (SELECT number FROM requests WHERE state = 'queued' AND service = 'pipeline')
@@ -1137,7 +1142,7 @@ def m031_pipeline_runs(db: sqlite_utils.Database) -> None:
         ) AS counted WHERE counted.id = pipeline_runs.id
         """,
         "DROP INDEX pipeline_runs_ready",
-        "CREATE INDEX pipeline_runs_ready ON pipeline_runs (is_ended, number) WHERE changed != advanced",
+        "CREATE INDEX pipeline_runs_ready ON pipeline_runs (is_ended, number, batch_id) WHERE changed != advanced",
         "CREATE INDEX pipeline_runs_number ON pipeline_runs (number, earlier) WHERE earlier IS NOT NULL",
         "CREATE INDEX totals_pipelines ON totals (count) WHERE outcome = 'pipeline'",
     ):

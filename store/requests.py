@@ -637,7 +637,7 @@ def insert_requests(
     transaction.execute_many(_ADD_LABELS, labels)
     add_members(transaction, members)
     pipelines = [(new, number) for (new, _, _), number in zip(items, numbers, strict=True) if new.pipeline is not None]
-    add_runs(transaction, [(new.id, number, str(new.pipeline)) for new, number in pipelines])
+    add_runs(transaction, [(new.id, number, new.batch_id, str(new.pipeline)) for new, number in pipelines])
     count_pipelines(transaction, (new.model for new, _ in pipelines))
     _refer_to_files(transaction, files, is_input=True)
     # Nobody else writes meanwhile, so the numbers have no gaps.

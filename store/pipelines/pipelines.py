@@ -42,7 +42,7 @@ _READY = """
     SELECT pipeline_runs.id AS id, pipeline_runs.removed AS removed, is_retried, state
     FROM pipeline_runs INDEXED BY pipeline_runs_ready
     LEFT JOIN requests ON requests.number = pipeline_runs.number
-    WHERE changed != advanced AND is_ended = :is_ended AND coalesce(requests.batch_id, '') NOT IN (
+    WHERE changed != advanced AND is_ended = :is_ended AND coalesce(pipeline_runs.batch_id, '') NOT IN (
         SELECT id FROM batches WHERE arrival > 0 AND (arrival != 2 OR arrival_ends_at > :now))
     ORDER BY pipeline_runs.number LIMIT :limit
 """

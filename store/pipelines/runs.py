@@ -36,7 +36,8 @@ REMOVE_ALL, REMOVE_OTHERS = 1, 2
 _ADD_DEFINITION = "INSERT OR IGNORE INTO pipeline_definitions (digest, definition) VALUES (?, ?)"
 
 _ADD_RUN = """
-    INSERT INTO pipeline_runs (id, number, definition, changed, advanced, earlier) VALUES (?, ?, ?, 1, 0, ?)
+    INSERT INTO pipeline_runs (id, number, batch_id, definition, changed, advanced, earlier)
+    VALUES (?, ?, ?, ?, 1, 0, ?)
 """
 
 #: How many requests to pipelines were ever added.
@@ -104,15 +105,15 @@ class PipelineRun:
         )
 
 
-def add_runs(transaction: Transaction, new: Sequence[tuple[str, int, str]]) -> None:
-    """Add runs, and then count them. :param new: id and number of the parent, and the pipeline as text."""
+def add_runs(transaction: Transaction, new: Sequence[tuple[str, int, str | None, str]]) -> None:
+    """Add runs; then count them. :param new: id, number and batch of the parent, and the pipeline as text."""
     if not new:
         return
     (earlier,) = transaction.execute(COUNT_ADDED).fetchone()
-    for position, (id, number, text) in enumerate(new):
+    for position, (id, number, batch_id, text) in enumerate(new):
         digest = hashlib.sha256(text.encode()).hexdigest()
         transaction.execute(_ADD_DEFINITION, (digest, text))
-        transaction.execute(_ADD_RUN, (id, number, digest, earlier + position))
+        transaction.execute(_ADD_RUN, (id, number, batch_id, digest, earlier + position))
 
 
 def note_changes(transaction: Transaction, to: RequestState, changed: Sequence[Any], at: str) -> None:

@@ -756,6 +756,7 @@ def test_the_runs_and_steps_of_an_earlier_version_are_found_and_counted(bench: P
         "DROP INDEX pipeline_runs_number",
         "DROP INDEX pipeline_runs_ready",
         "ALTER TABLE pipeline_runs DROP COLUMN earlier",
+        "ALTER TABLE pipeline_runs DROP COLUMN batch_id",
         "ALTER TABLE pipeline_runs DROP COLUMN is_ended",
         "CREATE INDEX pipeline_runs_ready ON pipeline_runs (number) WHERE changed != advanced",
         "DELETE FROM migrations WHERE name IN ('m030_open_steps', 'm031_pipeline_runs')",
