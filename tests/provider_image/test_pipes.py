@@ -91,6 +91,21 @@ def test_a_warm_process_that_ends_is_noticed_by_who_waits_and_by_who_comes_later
     assert run_next(tmp_path / "place", finished) == (0, ""), "its report was lost, its results are there"
 
 
+def test_a_warm_process_that_ended_just_now_is_not_waited_for(tmp_path):
+    folder = tmp_path / "place" / "warm"
+    folder.mkdir(parents=True)
+    for name in ("queue", "done"):
+        os.mkfifo(folder / name)
+    (folder / "pid").write_text(f"{os.getpid()}\n")  # alive, and nobody holds the pipes: it ended after this was read
+    (tmp_path / "place" / "next").symlink_to(folder)
+
+    queued = run_next(tmp_path / "place", "-", "chunk.zip", "results.zip")
+    answers = [run_next(tmp_path / "place", *words) for words in (["a.zip"], ["b.zip", "chunk.zip", "b.zip"])]
+
+    assert queued == (0, ""), "who waits for the results will know"
+    assert answers == [(1, "Error: The warm process ended before it had written the results.\n")] * 2
+
+
 def is_reading(pid: int) -> bool:
     """Tell whether a process has opened the pipe with what has ended."""
     return any(link.readlink().name == "done" for link in Path(f"/proc/{pid}/fd").iterdir())
