@@ -114,7 +114,7 @@ class Recovery:
         }
         seconds = self._parts.timings.open_seconds / len(parts)
         for what, close in parts.items():
-            await self._try(asyncio.wait_for(close(), seconds), what)
+            await self._try(close(), what, seconds)
         if self._closed:
             log.warning("closed %d demands, agreements and allocations of batchers that no longer run", self._closed)
 
@@ -236,10 +236,12 @@ class Recovery:
         self._closed += 1
         return True
 
-    async def _try(self, step: Awaitable[None], what: str) -> bool:
-        """Run a step, and log its failure. :return: whether it succeeded."""
+    async def _try(self, step: Awaitable[None], what: str, seconds: float | None = None) -> bool:
+        """Run a step, and log its failure. :return: whether it succeeded, within so many seconds if any are given."""
         try:
-            await step
+            # Not wait_for, which in Python 3.11 loses a cancellation that comes as the step ends.
+            async with asyncio.timeout(seconds):
+                await step
         except StoreError:
             raise
         except Exception as error:
