@@ -52,9 +52,12 @@ class BatchRun(NamedTuple):
     last_seconds: float
     #: From the last result to the end of the process.
     closing_seconds: float
-    #: Processor time of all processes, those of the devnet included, in milliseconds an image. Other work on the
-    #: machine changes it less than the rates.
-    cpu: float
+    #: Processor time in milliseconds an image, starts of programs included: of the batcher and what it starts, of the
+    #: devnet itself, which is no part of a real network, and of the providers' programs. Other work on the machine
+    #: changes it less than the rates.
+    requestor_cpu: float
+    devnet_cpu: float
+    provider_cpu: float
     #: GLM paid.
     cost: Decimal
 
@@ -79,17 +82,21 @@ def scenario(folder: Path, providers: int, faults: dict[str, str], *, latency: f
 
 
 @contextlib.contextmanager
-def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
-    """Run a devnet during the block. :return: the environment variables that it prints."""
+def devnet(folder: Path, home: Path, plan: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Run a devnet during the block. :return: its pid, and the environment variables that it prints."""
     variables = folder / f"devnet-{time.monotonic_ns()}.env"
     command = processes.mlg("devnet", "--scenario", str(plan), "--home", str(home), "--env-file", str(variables))
-    with processes.running(command, folder / "devnet.log", variables.exists):
+    with processes.running(command, folder / "devnet.log", variables.exists) as pid:
         shell = f". {variables}; env -0"
         printed = subprocess.run(["sh", "-c", shell], capture_output=True, check=True).stdout
         found = dict(line.split("=", 1) for line in os.fsdecode(printed).split("\0") if "=" in line)
-        yield {
-            name: found[name] for name in ("YAGNA_APPKEY", "YAGNA_API_URL", "YAGNA_SUBNET", "MLG_GOLEM_IMAGE", "PATH")
-        }
+        yield (
+            pid,
+            {
+                name: found[name]
+                for name in ("YAGNA_APPKEY", "YAGNA_API_URL", "YAGNA_SUBNET", "MLG_GOLEM_IMAGE", "PATH")
+            },
+        )
 
 
 def query(home: Path, sql: str) -> list[Any]:
@@ -112,29 +119,56 @@ def reaped_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def own_seconds(pid: int) -> float:
+    """Return the processor time of a running process, without that of its children."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def timed_run(command: list[str], **options: Any) -> tuple[int, float]:
+    """Run a program. :return: its exit status, and the processor time of it and the children that it waited for."""
+    process = subprocess.Popen(command, **options)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_utime + usage.ru_stime
+
+
 def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
     """Run `mlg batch --once` on a home with requests, and read the measurements from its store.
 
-    The processor time is that of the batcher alone; `main` adds that of the devnet.
+    The processor time is that of the batcher alone; `main` adds that of the devnet and the providers, and the cost.
     """
     command = processes.mlg("batch", "--once", "--executor", executor, "--home", str(home))
-    started, before = time.time(), reaped_seconds()
+    started = time.time()
     with log.open("ab") as output:
-        status = subprocess.run(command, stdout=output, stderr=output, env={**os.environ, **variables}).returncode
-    ended, cpu = time.time(), reaped_seconds() - before
+        status, cpu = timed_run(command, stdout=output, stderr=output, env={**os.environ, **variables})
+    ended = time.time()
     ((total,),) = query(home, "SELECT count(*) FROM requests")
     answered = query(home, "SELECT finished_at FROM requests WHERE state = 'done'")
     if status or len(answered) < total:
         raise RuntimeError(f"{len(answered)} of {total} finished:\n{log.read_text()[-3000:]}")
     times = [datetime.fromisoformat(text).timestamp() - started for (text,) in answered]
+    first, last = min(times), max(times)
+    return BatchRun(
+        rate=total / last,
+        steady_rate=total / max(1e-9, last - first),
+        first_seconds=first,
+        last_seconds=last,
+        closing_seconds=ended - started - last,
+        requestor_cpu=1000 * cpu / total,
+        devnet_cpu=0.0,
+        provider_cpu=0.0,
+        cost=Decimal(0),
+    )
+
+
+def paid(home: Path) -> Decimal:
+    """Return what all work of a home has cost."""
     costs = subprocess.run(
         processes.mlg("costs", "--json", "--home", str(home)), capture_output=True, text=True, check=True
     )
     rows = [json.loads(line) for line in costs.stdout.splitlines()]
-    cost = Decimal(next(row["paid"] for row in rows if row["by"] == "total"))
-    first, last = min(times), max(times)
-    steady_rate = total / max(1e-9, last - first)
-    return BatchRun(total / last, steady_rate, first, last, ended - started - last, 1000 * cpu / total, cost)
+    return Decimal(next(row["paid"] for row in rows if row["by"] == "total"))
 
 
 def query_daemon(variables: dict[str, str], path: str) -> Any:
@@ -220,16 +254,18 @@ def main(
                 return batch(home, executor, log)
             before = reaped_seconds()
             plan = scenario(folder, providers, faults, latency=latency, rate=rate)
-            with devnet(folder, shared, plan) as variables:
+            with devnet(folder, shared, plan) as (pid, variables):
                 found = batch(home, executor, log, **variables, **settings, MLG_CHUNK_TIMEOUT_SECONDS="60")
-            return found._replace(cpu=1000 * (reaped_seconds() - before) / count)
+                devnet_cpu = 1000 * own_seconds(pid) / count
+            provider_cpu = 1000 * (reaped_seconds() - before) / count - found.requestor_cpu - devnet_cpu
+            return found._replace(devnet_cpu=devnet_cpu, provider_cpu=provider_cpu, cost=paid(home))
 
         shared = make_home("providers")
         if count and rounds:
             runs = in_turns(rounds, {kind: lambda turn, kind=kind: run(turn, kind) for kind in KINDS})  # type: ignore
             _print_runs(runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, resizing {shrink}; medians of {rounds}")
         if kills:
-            with devnet(folder, shared, scenario(folder, providers, {})) as variables:
+            with devnet(folder, shared, scenario(folder, providers, {})) as (_, variables):
                 found = kill(folder, make_home("kills"), {**variables, **settings}, kills, seed)
             click.echo(", ".join(f"{name} {value}" for name, value in found.items()))
 
@@ -237,23 +273,29 @@ def main(
 def _print_runs(runs: dict[str, list[BatchRun]], title: str) -> None:
     rows = []
     for kind, each in runs.items():
-        rate, steady, first, _, closing, cpu, cost = medians(each)
-        rows.append([kind, *(f"{figure:.1f}" for figure in (rate, steady, first, closing, cpu)), f"{cost:.6f}"])
+        rate, steady, first, _, closing, *cpu, cost = medians(each)
+        figures = (rate, steady, first, closing, *cpu)
+        rows.append([kind, *(f"{figure:.1f}" for figure in figures), f"{cost:.6f}"])
     head = (
         "executor",
         "images/s",
         "from the first result on",
         "first result s",
         "last result to end s",
-        "CPU ms",
+        "CPU ms/image: batcher",
+        "devnet",
+        "providers",
         "GLM",
     )
     print_table(title, head, rows)
     local, no_faults, faulty = runs.values()
     rates = [(a.rate / b.rate, a.steady_rate / b.steady_rate) for a, b in zip(no_faults, local, strict=True)]
     prices = [(a.last_seconds / b.last_seconds, a.cost / b.cost) for a, b in zip(faulty, no_faults, strict=True)]
-    works = [(a.cpu / b.cpu,) for a, b in zip(no_faults, local, strict=True)]
-    (rate, steady), (seconds, cost), (work,) = medians(rates), medians(prices), medians(works)
+    works = [
+        ((a.requestor_cpu + a.provider_cpu) / b.requestor_cpu, a.devnet_cpu / b.requestor_cpu)
+        for a, b in zip(no_faults, local, strict=True)
+    ]
+    (rate, steady), (seconds, cost), (work, simulator) = medians(rates), medians(prices), medians(works)
     click.echo(f"golem has {rate:.0%} of the local throughput, {steady:.0%} from the first result on")
-    click.echo(f"golem takes {work:.2f} times the processor time, starts included")
+    click.echo(f"golem takes {work:.2f} times the processor time, starts included, and the simulator {simulator:.2f}")
     click.echo(f"with faulty providers it takes {seconds:.2f} times as long and costs {cost:.2f} times as much")

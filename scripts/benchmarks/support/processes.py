@@ -25,8 +25,8 @@ def mlg(*words: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(command: list[str], log: Path, is_ready: Callable[[], bool], **env: str) -> Iterator[None]:
-    """Run a program until the block ends; enter it when the program is ready."""
+def running(command: list[str], log: Path, is_ready: Callable[[], bool], **env: str) -> Iterator[int]:
+    """Run a program until the block ends; enter it when the program is ready. :return: its pid."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **env}
@@ -37,7 +37,7 @@ def running(command: list[str], log: Path, is_ready: Callable[[], bool], **env: 
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command} did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.05)
-        yield
+        yield process.pid
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
