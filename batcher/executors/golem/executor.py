@@ -60,6 +60,8 @@ class GolemExecutor:
         self._session: Session | None = None
         self._sessions = 0
         self._pools: dict[str, WorkerPool] = {}
+        #: Models whose chunks are being packed.
+        self._expected: set[str] = set()
         #: Pools that are being made, which may wait for the registry of images: model -> task.
         self._opening: dict[str, asyncio.Task[WorkerPool]] = {}
         #: Pools that are being closed.
@@ -97,6 +99,7 @@ class GolemExecutor:
             session_task.result()  # raises a ConfigError; otherwise the task does not end
 
     def capacity(self, model: str) -> int:
+        self._expected.add(model)
         # Those that it answers next, those that it computes meanwhile, and those that are packed and queued.
         pipelined = 3 * self._timings.pipeline_chunks(self._parts.provider_records.speed(model, ""))
         return max(JOBS_PER_WORKER, pipelined) * self._settings.max_workers
@@ -236,17 +239,19 @@ class GolemExecutor:
                 pool.restart_search()
         waiting = Counter(each.job.model for each in self._job_queue.queued_jobs())
         # Neither is waited for here: other models go on meanwhile.
-        for model in waiting:
+        expected, self._expected = self._expected, set()
+        for model in {*waiting, *expected}:
             if model not in self._pools and model not in self._opening:
                 self._opening[model] = asyncio.create_task(self._new_pool(model, session))
         for model in [model for model, task in self._opening.items() if task.done()]:
             try:
                 self._pools[model] = self._opening.pop(model).result()
+                self._pools[model].search()  # while its first chunk is packed
             except MlgError as error:
                 self._job_queue.fail_all(error, model=model)
         wanted = self._distribute_workers(waiting)
         for model, pool in list(self._pools.items()):
-            total = sum(len(each.workers) + each.is_starting() for each in self._pools.values())
+            total = sum(len(each.workers) + each.starting() for each in self._pools.values())
             # Where agreements expire, one worker more than allowed: it starts while an earlier one still works.
             has_earlier = len(pool.current_workers()) < len(pool.workers)
             pool.step(wanted.get(model, 0), may_start=total < self._settings.max_workers + has_earlier)
@@ -265,8 +270,11 @@ class GolemExecutor:
         for model, pool in self._pools.items():
             if waiting.get(model) or any(worker.queued_job is not None for worker in pool.workers):
                 pool.last_work = now
-            busy = sum(not worker.is_idle() for worker in pool.current_workers())
-            needed[model] = busy + min(waiting.get(model, 0), max_workers)
+            current = pool.current_workers()
+            working = sum(worker.queued_job is not None for worker in current)
+            # One that starts will take a job that waits now.
+            starting = sum(worker.queued_job is None and not worker.is_idle() for worker in current)
+            needed[model] = working + max(starting, min(waiting.get(model, 0), max_workers))
             wanted[model] = max(needed[model], pool.min_workers())
         shared = dict.fromkeys(wanted, 0)
         for target in (needed, wanted):

@@ -21,7 +21,7 @@ class GolemTimings:
     # The executor
 
     #: Interval at which the number of workers is adjusted to the queue.
-    step_seconds: float = 0.2
+    step_seconds: float = 0.05
     #: Interval at which bans, scores and spending are read from the store.
     refresh_seconds: float = 5.0
     #: Pauses after a session could not be opened.
@@ -54,8 +54,10 @@ class GolemTimings:
 
     # Demands
 
-    #: Time to collect offers after the first, so that the best is taken.
+    #: Time to collect offers after the first, so that the best is taken; less if none comes for a while, no provider is
+    #: still negotiating, and as many are there as workers are needed.
     collect_offers_seconds: float = 1.0
+    quiet_offers_seconds: float = 0.25
     #: A demand that brings no worker and no negotiation for this long, though a worker is needed, is published again:
     #: otherwise providers that were rejected or banned make no new offer. Longer each time, until there is a worker:
     #: publishing ends the negotiations under way, and a distant provider is slow.

@@ -74,10 +74,14 @@ class WorkerPool:
         #: Earlier ones, whose workers finish their chunks.
         self._earlier_demands: list[PublishedDemand] = []
         self._search_task: asyncio.Task[None] | None = None
-        self._start_task: asyncio.Task[Any] | None = None
+        #: Those that make an agreement and an activity.
+        self._start_tasks: set[asyncio.Task[None]] = set()
         #: The longest time limit of a chunk seen so far.
         self._chunk_seconds = 0.0
+        #: When the first offer came, when the newest one, and the providers whose final offer is awaited.
         self._first_offer: float | None = None
+        self._newest_offer = 0.0
+        self._negotiating: set[str] = set()
         #: Offers withheld from yapapi's pool, because every queued job failed on their provider: address -> its entry.
         self._unsuited: dict[str, Any] = {}
         self._wanted_since: float | None = None
@@ -88,12 +92,11 @@ class WorkerPool:
         self._negotiated_at = 0.0
         self._restarts = 0
         self._is_closing = False
-        #: Reserved for the agreement that is being made; None when none is.
-        self._hire: Reservation | None = None
+        #: What is reserved for agreements that are being made, by the task that makes one. It pays for a start and a
+        #: chunk.
+        self._hires: dict[asyncio.Task[Any] | None, Reservation] = {}
         #: Agreements without a worker -> what they may cost.
         self._commitments: dict[str, Reservation] = {}
-        #: For how many seconds that pays: a start and a chunk.
-        self._hire_seconds = 0.0
 
     def step(self, wanted: int, *, may_start: bool) -> None:
         """Move one step towards this many workers; called several times per second.
@@ -107,28 +110,42 @@ class WorkerPool:
         if self._is_closing or not wanted:
             self._wanted_since = None
             return
-        for each in self.parts.job_queue.queued_jobs(self.model):
-            self._chunk_seconds = max(self._chunk_seconds, self.parts.job_seconds(each.job, None))
-        lead = self._timings.renewal_lead(
-            start_seconds=self.parts.settings.start_seconds, chunk_seconds=self._chunk_seconds
-        )
-        # While an agreement is made, the demand must not change.
-        if not self.is_starting() and (self._demand is None or self._demand.seconds_left() < lead):
-            self._renew(lead)
-        if self._search_task is None or self._search_task.done():
-            self._search_task = asyncio.create_task(self._search_loop())
-        if len(self.current_workers()) + self.is_starting() >= wanted or not may_start:
+        may_start &= self.search()
+        missing = wanted - len(self.current_workers()) - self.starting()
+        if missing <= 0 or not may_start:
             self._wanted_since = None
             return
         self._wanted_since = self._wanted_since or now
         quiet_seconds = now - max(self._wanted_since, self._negotiated_at)
         is_quiet = quiet_seconds > self._timings.stale_demand_backoff.after(self._restarts + 1)
-        if self._is_search_stale or is_quiet:
+        if self._search_task is not None and (self._is_search_stale or is_quiet):
             self._is_search_stale, self._wanted_since = False, now
             self._restarts += is_quiet
             self._search_task.cancel()
-        if not self.is_starting() and self._has_offers(now):
-            self._start_task = asyncio.create_task(self._start_worker())
+        if self._has_offers(now, missing):
+            # Others go on meanwhile: a provider that takes its time to sign delays none that has.
+            task = asyncio.create_task(self._start_worker())
+            self._start_tasks.add(task)
+            task.add_done_callback(self._start_tasks.discard)
+
+    def search(self) -> bool:
+        """Publish the demand, or a new one if it expires soon, and look for offers, which costs nothing.
+
+        :return: whether agreements can be made; otherwise some are being made for the demand that expires.
+        """
+        for each in self.parts.job_queue.queued_jobs(self.model):
+            self._chunk_seconds = max(self._chunk_seconds, self.parts.job_seconds(each.job, None))
+        lead = self._timings.renewal_lead(
+            start_seconds=self.parts.settings.start_seconds, chunk_seconds=self._chunk_seconds
+        )
+        is_expiring = self._demand is None or self._demand.seconds_left() < lead
+        # While an agreement is made, the demand must not change.
+        if is_expiring and not self.starting():
+            self._renew(lead)
+            is_expiring = False
+        if self._search_task is None or self._search_task.done():
+            self._search_task = asyncio.create_task(self._search_loop())
+        return not is_expiring
 
     def restart_search(self) -> None:
         """Publish the demand again as soon as more workers are needed, so that rejected providers offer again."""
@@ -173,7 +190,7 @@ class WorkerPool:
             await asyncio.sleep(0.05)
         for worker in self.workers:
             worker.abort.set()
-        tasks = {task for task in (self._start_task, self._search_task) if task is not None}
+        tasks = {*self._start_tasks, *((self._search_task,) if self._search_task is not None else ())}
         for task in tasks:
             task.cancel()
         if tasks:
@@ -197,6 +214,7 @@ class WorkerPool:
                 self._search_task = None
         seconds = min(self.parts.settings.rental_seconds + lead, self._timings.max_agreement_seconds)
         self._first_offer = None
+        self._negotiating = set()
         self._unsuited = {}
         job = make_job(
             self.session.engine,
@@ -237,7 +255,11 @@ class WorkerPool:
             await asyncio.sleep(self._timings.search_backoff.after(failures))
             failures += 1
 
-    def _has_offers(self, now: float) -> bool:
+    def _has_offers(self, now: float, missing: int) -> bool:
+        """Return whether an agreement can be made. At first offers are collected, so that the best are taken.
+
+        :param missing: how many more are needed. When no further ones are to be expected, so many are enough.
+        """
         pool = self._agreements_pool
         pool._offer_buffer.update({**self._unsuited, **pool._offer_buffer})
         self._unsuited = {}
@@ -250,7 +272,9 @@ class WorkerPool:
         if not pool._offer_buffer:
             return False
         self._first_offer = self._first_offer or now
-        return now - self._first_offer >= self._timings.collect_offers_seconds
+        is_quiet = now - self._newest_offer >= self._timings.quiet_offers_seconds
+        are_enough = is_quiet and not self._negotiating and len(pool._offer_buffer) >= missing
+        return are_enough or now - self._first_offer >= self._timings.collect_offers_seconds
 
     def _has_work_for(self, provider_id: str) -> bool:
         """Return whether this provider may run a queued job; it may not run those that it failed on."""
@@ -262,6 +286,12 @@ class WorkerPool:
             self.session.subscription_models[event_fields["subscription"].id] = self.model
         elif name in ("ProposalResponded", "ProposalConfirmed", "AgreementCreated"):
             self._negotiated_at = time.monotonic()
+            if name == "ProposalResponded":
+                self._negotiating.add(event_fields["proposal"].issuer)
+            elif name == "ProposalConfirmed":
+                self._negotiating.discard(event_fields["proposal"].issuer)
+                self._newest_offer = self._negotiated_at
+                self._first_offer = self._first_offer or self._negotiated_at
         elif name == "AgreementConfirmed":
             self._restarts = 0
             self._commit(event_fields["agreement"])
@@ -290,23 +320,21 @@ class WorkerPool:
         except BadOffer:
             return
         record = replace(record, model=self.model, created_at=datetime.now(UTC))
-        hire = self._hire
-        if hire is None or self._first_cost(price) > hire.amount:
+        # yapapi reports it in the task that makes it.
+        hire = self._hires.get(asyncio.current_task())
+        if hire is None or self._timings.cost_limit(price, hire.covered_seconds) > hire.amount:
             # An offer that came after the reservation was taken; `_check_commitment` ends the agreement.
             self.parts.money.commit_unused(record, price)
             return
-        self._hire = None
+        del self._hires[asyncio.current_task()]
         self._commitments[record.id] = hire
-        hire.commit(record, price, self._hire_seconds)
+        hire.commit(record, price, hire.covered_seconds)
 
     def _check_commitment(self, agreement: Any) -> None:
         """Refuse to create an activity that nothing is reserved for. :raises BudgetReached:"""
         if agreement.id not in self._commitments:
             self._terminate_later(agreement.id, self._agreements_pool)
             raise BudgetReached("More would be owed for this agreement than is reserved.")
-
-    def _first_cost(self, price: Price) -> Decimal:
-        return self._timings.cost_limit(price, self._hire_seconds)
 
     async def _end_job(self, job: Any) -> None:
         try:
@@ -364,29 +392,30 @@ class WorkerPool:
 
     # Workers
 
-    def is_starting(self) -> bool:
-        """Return whether an agreement or an activity is being made."""
-        return self._start_task is not None and not self._start_task.done()
+    def starting(self) -> int:
+        """Return for how many workers an agreement or an activity is being made."""
+        return sum(not task.done() for task in self._start_tasks)
 
     async def _start_worker(self) -> None:
         """Try to get an agreement and an activity; `_run_worker` adds the worker to `workers`."""
         demand = self._demand
         assert demand is not None
-        pool, has_activity = demand.job.agreements_pool, asyncio.Event()
+        pool, has_activity, own_task = demand.job.agreements_pool, asyncio.Event(), asyncio.current_task()
         run_worker = functools.partial(self._run_worker, demand, has_activity)
         try:
-            self._hire = await self._reserve(pool)
-            if self._hire is None:
+            hire = await self._reserve(pool)
+            if hire is None:
                 return
+            self._hires[own_task] = hire
             await pool.cycle()
             task = await self.session.engine.start_worker(demand.job, run_worker, self._check_commitment)
         except Exception as error:
             log.info("no agreement for %s: %s", self.model, explain(error))
             return
         finally:
-            if self._hire is not None:
-                self._hire.release()
-                self._hire = None
+            unused = self._hires.pop(own_task, None)
+            if unused is not None:
+                unused.release()
         if task is None:
             return
         self._keep(task)
@@ -401,26 +430,33 @@ class WorkerPool:
         :raises StoreError:
         """
         offers = agreements_pool._offer_buffer
-        self._hire_seconds = self._timings.start_cover(
+        seconds = self._timings.start_cover(
             start_seconds=self.parts.settings.start_seconds, chunk_seconds=self._longest_chunk(offers)
         )
-        costs = {id: self._first_cost(Price.from_offer(each.proposal.props)) for id, each in offers.items()}
+
+        def cost(offer: Any) -> Decimal:
+            return self._timings.cost_limit(Price.from_offer(offer.proposal.props), seconds)
+
+        costs = {id: cost(each) for id, each in offers.items()}
+        # Other starts may have reserved more than they will need, and then give it back.
+        is_alone = not self.workers and self.starting() <= 1
         reservation = None
         try:
             left = await self.parts.money.left()
-            affordable = [cost for cost in costs.values() if left is None or cost <= left]
-            if affordable or (costs and not self.workers):
+            affordable = [each for each in costs.values() if left is None or each <= left]
+            if affordable or (costs and is_alone):
                 # Without an affordable one the cheapest is tried, which says which budget is used up.
                 amount = max(affordable) if affordable else min(costs.values())
                 reservation = await self.parts.money.reserve(self.model, amount)
+                reservation.covered_seconds = seconds
         except BudgetReached as error:
-            if not self.workers:
+            if is_alone:
                 self.parts.job_queue.fail_all(error, model=self.model)
         for id, buffered in list(offers.items()):
-            if reservation is None or self._first_cost(Price.from_offer(buffered.proposal.props)) > reservation.amount:
+            if reservation is None or cost(buffered) > reservation.amount:
                 del offers[id]
-                if id not in costs:
-                    self._unsuited[id] = buffered  # it came meanwhile
+                if id not in costs or self.starting() > 1:  # it came meanwhile, or may be affordable soon
+                    self._unsuited[id] = buffered
         return reservation
 
     def _longest_chunk(self, provider_ids: Iterable[str]) -> float:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import importlib
 import logging
+import random
 import tempfile
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -20,6 +22,8 @@ from typing import Any
 
 #: The property that identifies our demands and agreements, even those of a batcher that was killed.
 OWNER = "golem.srv.app.mlg.owner"
+#: Pause between two calls for the results of a script, in case that the daemon holds none.
+_POLL_PAUSE_SECONDS = 0.1
 
 
 def import_yapapi() -> None:
@@ -53,7 +57,25 @@ def make_job(engine: Any, *, expires_at: datetime, payload: Any, id: str, on_eve
 
     :param on_event: called immediately with the class name and the fields of each event.
     """
+    from yapapi.agreements_pool import AgreementsPool
     from yapapi.engine import Job
+
+    class ConcurrentAgreements(AgreementsPool):  # type: ignore[misc, unused-ignore]
+        """Makes several agreements at the same time. yapapi's own holds a lock until a provider has signed."""
+
+        async def use_agreement(self, cbk: Callable[[Any], Any], agreement_id: str | None = None) -> Any:
+            offers = list(self._offer_buffer.values())
+            if not offers:
+                return None
+            random.shuffle(offers)  # among equal ones none is preferred
+            best = max(offers, key=lambda offer: offer.score)
+            del self._offer_buffer[best.proposal.issuer]
+            agreement = await self._prepare_agreement(await best.proposal.create_agreement(), best.proposal)
+            if agreement is None:
+                return None
+            task = cbk(agreement)
+            self._set_worker(agreement.id, task)
+            return task
 
     class ModelJob(Job):  # type: ignore[misc, unused-ignore]
         def emit(self, event_class: Any, **event_fields: Any) -> Any:
@@ -61,6 +83,7 @@ def make_job(engine: Any, *, expires_at: datetime, payload: Any, id: str, on_eve
             return super().emit(event_class, **event_fields)
 
     job = ModelJob(engine, expiration_time=expires_at, payload=payload, id=id)
+    job.agreements_pool = ConcurrentAgreements(job.emit, engine.recycle_offer, market_api=engine._market_api)
     engine.add_job(job)
     return job
 
@@ -78,6 +101,35 @@ def shield_file_server(engine: Any) -> None:
         return await asyncio.shield(asyncio.ensure_future(original(process, message)))
 
     process.__dict__["send_message"] = send_message
+
+
+def poll_without_pauses(activity: Any) -> Any:
+    """Return a copy of yapapi's activity whose scripts ask for results all the time.
+
+    The daemon holds each call for some seconds until there are some. yapapi pauses for three more if there were none,
+    and its provider waits, and is paid, until the end of a script is noticed.
+    """
+    from yapapi.rest.activity import PollingBatch
+
+    class PromptBatch(PollingBatch):  # type: ignore[misc, unused-ignore]
+        known = 0
+
+        async def _get_results(self, timeout: float) -> Any:
+            results = await super()._get_results(timeout)
+            while len(results) <= self.known and self.seconds_left() > _POLL_PAUSE_SECONDS:
+                await asyncio.sleep(_POLL_PAUSE_SECONDS)
+                results = await super()._get_results(min(timeout, self.seconds_left()))
+            self.known = len(results)
+            return results
+
+    class PromptActivity(type(activity)):  # type: ignore[misc, unused-ignore]
+        async def send(self, script: Any, deadline: datetime | None = None) -> Any:
+            batch = await super().send(script, deadline)
+            return PromptBatch(self, batch.id, batch._size, batch._deadline)
+
+    prompt = copy.copy(activity)
+    prompt.__class__ = PromptActivity
+    return prompt
 
 
 async def stop_receiving(engine: Any, script: Any) -> None:

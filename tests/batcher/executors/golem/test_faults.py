@@ -148,6 +148,28 @@ def test_the_cheapest_provider_that_always_fails_is_paid_once_banned_and_replace
     play(body, *increasingly_expensive(("alpha", (fault("exit-nonzero"),)), ("beta", ())), max_workers=1)
 
 
+def test_a_provider_that_takes_its_time_to_sign_delays_no_other(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ya_market import RequestorApi
+
+    plain = RequestorApi.wait_for_approval
+
+    def wait(self: Any, agreement_id: str, **options: Any) -> Any:
+        return plain(self, agreement_id, timeout=300, _request_timeout=301)  # yapapi's own is 15 s
+
+    monkeypatch.setattr(RequestorApi, "wait_for_approval", wait)
+
+    async def body(harness: GolemHarness) -> None:
+        outcomes = await harness.run("one", "two")
+        signed = approved_providers(harness)
+        await close(harness)
+
+        assert [(each.error, each.provider) for each in outcomes] == [(None, "beta")] * 2
+        assert signed == ["beta"], "alpha, which is cheaper and was asked first, has not signed yet"
+
+    plans = increasingly_expensive(("alpha", (fault("slow-approval", seconds=250.0),)), ("beta", ()))
+    play(body, *plans, max_workers=2)
+
+
 def test_a_chunk_never_goes_back_to_a_provider_that_failed_on_it(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")
@@ -245,13 +267,12 @@ def test_a_provider_whose_calls_fail_again_and_again_is_not_hired_without_end(pl
         (outcome,) = await harness.run("one")
         await close(harness)
 
-        assert (outcome.error, outcome.provider) == (None, "beta")
-        assert approved_providers(harness) == ["alpha", "alpha", "beta"]
+        assert isinstance(outcome.error, NoProvider | GolemUnavailable)
+        assert approved_providers(harness) == ["alpha", "alpha"]
         assert list(banned(harness)) == ["alpha"]
 
-    plans = increasingly_expensive(("alpha", ()), ("beta", ()))
-    fails_twice = fault("http-500", path="GET /activity-api/v1/activity/*/exec/*", times=2)
-    play(body, *plans, faults=(fails_twice,), max_workers=1)
+    fails = fault("http-500", path="GET /activity-api/v1/activity/*/exec/*")
+    play(body, provider("alpha"), faults=(fails,), max_workers=1, offer_seconds=5.0 * slowness())
 
 
 WRONG_RESULTS = ("garbage", "truncate", "oversize", "wrong-digest", "swap-results")

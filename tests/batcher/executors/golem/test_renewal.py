@@ -117,7 +117,7 @@ def test_a_worker_begins_no_chunk_that_would_outlive_its_agreement(tmp_path: Pat
 def test_a_start_that_waits_for_its_activity_ends_though_another_worker_ended_meanwhile() -> None:
     async def main() -> None:
         pool: Any = object.__new__(WorkerPool)
-        pool.workers, pool._hire, pool.model, pool._background = {"ended"}, None, MODEL, set()
+        pool.workers, pool._hires, pool.model, pool._background = {"ended"}, {}, MODEL, set()
         agreements = SimpleNamespace(cycle=lambda: asyncio.sleep(0))
         pool._demand = PublishedDemand(SimpleNamespace(agreements_pool=agreements), 100.0)
         is_over = asyncio.Event()

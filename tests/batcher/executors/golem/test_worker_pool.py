@@ -102,6 +102,13 @@ def test_if_even_the_cheapest_offer_is_above_the_budget_nothing_is_reserved_and_
     asyncio.run(main())
 
 
+async def reserve(pool: WorkerPool, buffered: Any) -> None:
+    """Reserve for an agreement that this task makes."""
+    hire = await pool._reserve(buffered)
+    assert hire is not None
+    pool._hires[asyncio.current_task()] = hire
+
+
 def queue_job(
     parts: GolemParts, folder: Path, *, items: int = 16, timeout_seconds: float = 60.0, model: str = "resnet50"
 ) -> QueuedJob:
@@ -181,20 +188,25 @@ def test_a_model_that_costs_too_much_does_not_stop_the_others(parts: GolemParts,
 class HandMadeWorker:
     """A worker that does nothing. :param demand: its agreement expires with that."""
 
-    def __init__(self, model: str, demand: object, *, is_busy: bool) -> None:
+    def __init__(self, model: str, demand: object, *, is_busy: bool, is_starting: bool = False) -> None:
         self.model, self.demand = model, demand
         self.queued_job = object() if is_busy else None
-        self.is_stopping = False
+        self.is_stopping, self._is_starting = False, is_starting
 
     def is_idle(self) -> bool:
-        return self.queued_job is None
+        return self.queued_job is None and not self._is_starting
 
 
-async def two_models(parts: GolemParts, **settings: int) -> tuple[GolemExecutor, WorkerPool, WorkerPool]:
-    """Make an executor of two models whose pools have a worker at once whenever they may start one."""
+async def two_models(
+    parts: GolemParts, *, is_starting: bool = False, **settings: int
+) -> tuple[GolemExecutor, WorkerPool, WorkerPool]:
+    """Make an executor of two models whose pools have a worker at once whenever they may start one.
+
+    :param is_starting: whether these workers never get ready.
+    """
 
     async def start_worker(pool: WorkerPool) -> None:
-        new: Any = HandMadeWorker(pool.model, pool._demand, is_busy=True)
+        new: Any = HandMadeWorker(pool.model, pool._demand, is_busy=not is_starting, is_starting=is_starting)
         pool.workers.add(new)
 
     parts.settings = replace(parts.settings, **settings)  # type: ignore[arg-type]
@@ -204,7 +216,7 @@ async def two_models(parts: GolemParts, **settings: int) -> tuple[GolemExecutor,
     executor._pools = {pool.model: pool for pool in pools}
     for pool in pools:
         pool._search_task = asyncio.create_task(asyncio.sleep(1000))
-        pool._has_offers = lambda now: True  # type: ignore[method-assign]
+        pool._has_offers = lambda *_: True  # type: ignore[method-assign]
         pool._start_worker = functools.partial(start_worker, pool)  # type: ignore[method-assign]
     return executor, *pools
 
@@ -243,6 +255,62 @@ def test_while_one_model_renews_its_agreements_another_does_not_exceed_the_maxim
     asyncio.run(main())
 
 
+def test_no_more_workers_start_than_chunks_wait(parts: GolemParts, tmp_path: Path) -> None:
+    async def main() -> None:
+        executor, pool, _ = await two_models(parts, is_starting=True, max_workers=8)
+        for _ in range(2):
+            queue_job(parts, tmp_path)
+
+        counts = await steps(executor)
+        await parts.ledger_writer.close()
+
+        assert (max(counts), len(pool.workers)) == (2, 2)
+
+    asyncio.run(main())
+
+
+def test_offers_are_collected_until_none_comes_for_a_while_and_enough_are_there(parts: GolemParts) -> None:
+    async def main() -> None:
+        pool = await make_pool(parts)
+        pool._timings = replace(EXACT, collect_offers_seconds=1.0, quiet_offers_seconds=0.25)
+        buffered = pool._agreements_pool._offer_buffer
+        pool._first_offer, found = 10.0, []
+        for now, newest, names in [(10.1, 10.0, "a"), (10.3, 10.0, "a"), (10.5, 10.4, "ab"), (10.7, 10.4, "ab")]:
+            pool._newest_offer = newest
+            buffered.update(dict.fromkeys(names))
+            found.append(pool._has_offers(now, missing=2))
+        pool._on_event("ProposalResponded", {"proposal": SimpleNamespace(issuer="c")})
+        found.append(pool._has_offers(10.8, missing=2))
+        pool._on_event("ProposalConfirmed", {"proposal": SimpleNamespace(issuer="c")})
+        pool._newest_offer = 10.4
+        found.append(pool._has_offers(10.8, missing=2))
+        too_few = pool._has_offers(10.9, missing=8), pool._has_offers(11.1, missing=8)
+        await parts.ledger_writer.close()
+
+        assert found == [False, False, False, True, False, True], "c was awaited when the fifth was asked for"
+        assert too_few == (False, True)
+
+    asyncio.run(main())
+
+
+def test_offers_are_looked_for_before_the_first_chunk_is_packed(parts: GolemParts) -> None:
+    async def main() -> None:
+        executor, _, pool = await two_models(parts)
+        del executor._pools["vgg16"]
+        pool._search_task = None
+        pool._search_loop = lambda: asyncio.sleep(1000)  # type: ignore[method-assign, assignment, return-value]
+        executor._new_pool = lambda *_: asyncio.sleep(0, pool)  # type: ignore[method-assign, assignment, return-value]
+
+        executor.capacity("vgg16")
+        await steps(executor)
+        await parts.ledger_writer.close()
+
+        assert executor._pools["vgg16"] is pool and pool._search_task is not None
+        assert not pool.workers, "nothing is paid before a chunk waits"
+
+    asyncio.run(main())
+
+
 def test_a_kept_minimum_of_one_model_gives_way_to_the_work_of_another(parts: GolemParts, tmp_path: Path) -> None:
     async def main() -> None:
         executor, kept, other = await two_models(parts, max_workers=1, min_workers=1)
@@ -264,13 +332,13 @@ def test_a_kept_minimum_of_one_model_gives_way_to_the_work_of_another(parts: Gol
 def test_an_agreement_commits_its_own_price_and_may_then_have_an_activity(parts: GolemParts, store: Store) -> None:
     async def main() -> None:
         pool = await make_pool(parts)
-        pool._hire = await pool._reserve(offers(cheap="0.1", middle="0.3"))
+        await reserve(pool, offers(cheap="0.1", middle="0.3"))
 
         pool._commit(agreement("a1", "0.1"))
         pool._check_commitment(SimpleNamespace(id="a1"))
         await parts.ledger_writer.close()
 
-        assert pool._hire is None
+        assert pool._hires == {}
         assert [(each.agreement_id, each.amount) for each in store.reservations.list()] == [("a1", Decimal("0.2"))]
 
     asyncio.run(main())
@@ -290,7 +358,7 @@ def test_an_agreement_that_the_daemon_does_not_end_is_ended_as_soon_as_it_does(
     async def main() -> None:
         pool = await make_pool(parts)
         pool._timings = replace(EXACT, terminate_backoff=Backoff(first_seconds=0.001, max_seconds=0.001))
-        pool._hire = await pool._reserve(offers(cheap="0.1"))
+        await reserve(pool, offers(cheap="0.1"))
         pool._commit(agreement("a1", "0.1"))
 
         pool._terminate_with_retries("a1")
@@ -305,13 +373,13 @@ def test_an_agreement_that_the_daemon_does_not_end_is_ended_as_soon_as_it_does(
 def test_an_agreement_that_is_dearer_than_what_was_reserved_gets_no_activity(parts: GolemParts, store: Store) -> None:
     async def main() -> None:
         pool = await make_pool(parts)
-        pool._hire = await pool._reserve(offers(cheap="0.1"))
+        await reserve(pool, offers(cheap="0.1"))
 
         pool._commit(agreement("a1", "0.3"))
         with pytest.raises(BudgetReached, match="More would be owed"):
             pool._check_commitment(SimpleNamespace(id="a1"))
-        assert pool._hire is not None
-        pool._hire.release()
+        (unused,) = pool._hires.values()
+        unused.release()
         await parts.ledger_writer.close()
 
         assert [each.id for each in store.ledger.agreements()] == ["a1"], "it is known, so that its bill is"
