@@ -119,14 +119,18 @@ class ProviderRecords:
         since = now - _UNSIGNED_BACKOFF.max_seconds
         self._unsigned = {id: each for id, each in self._unsigned.items() if each[0] > since}
 
-    def record_success(self, worker: GolemWorker, *, images: int, seconds: float) -> None:
-        """Record that a provider answered a chunk. :param images: those that it has computed."""
+    def record_success(self, worker: GolemWorker, *, images: int, seconds: float, speed: float) -> None:
+        """Record that a provider answered a chunk.
+
+        :param images: those that it has computed.
+        :param speed: images per second, of this and the other chunks that came with it.
+        """
         self._failures.pop(worker.provider_id, None)
         self._unclear.discard(worker.provider_id)
         self._forgiven.pop(worker.provider_id, None)
         self._record_work(worker, images, seconds, is_failure=False)
         if images:
-            self.speeds[worker.model][worker.provider_id] = images / max(1e-3, seconds)
+            self.speeds[worker.model][worker.provider_id] = speed
 
     def record_failure(self, worker: GolemWorker, queued_job: QueuedJob | None, reason: str, seconds: float) -> None:
         """Record that a provider failed, on this chunk if it had one, and ban it."""

@@ -17,7 +17,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -27,11 +27,11 @@ from batcher.errors import BudgetReached, UntrueResults
 from batcher.executors import AttemptBill, Outcome
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.money import Reservation
-from batcher.executors.golem.scripts.attempt import Attempt, accept_results, check_size
+from batcher.executors.golem.scripts.attempt import Attempt, accept_results, check_size, own_seconds
 from batcher.executors.golem.scripts.commands import add_chunk, add_chunks
 from batcher.executors.golem.scripts.failure import AttemptFailure, classify_error
 from batcher.executors.golem.timings import idle_seconds
-from batcher.executors.golem.yapapi_adapter import explain, stop_receiving
+from batcher.executors.golem.yapapi_adapter import explain, poll_without_pauses, stop_receiving
 from provider_image.errors import ChunkTimeout, MalformedResults, WorkerDied
 from provider_image.pipes import ACCEPTS_NEXT
 from store.amounts import split
@@ -212,27 +212,25 @@ class GolemWorker:
             if not self.attempts and self._cover_left() <= 0:
                 self.abort.set()
 
-    def _attribute(self, attempts: Sequence[Attempt]) -> list[AttemptBill]:
-        """Divide what it cost since the last time over attempts that end now, by their items.
+    def _attribute(self, seconds: Sequence[float]) -> list[AttemptBill]:
+        """Charge attempts that end now with so many seconds each, and with what those cost.
 
-        :return: a bill for each attempt; their costs add up exactly.
+        :return: a bill for each; the rest of the time since the last one ended is charged to later ones.
         """
-        if not attempts:
-            return []
         now, total = time.monotonic(), self.price.max_cost(self.seconds())
-        seconds, cost = max(0.0, now - self._unattributed_since), total - self._attributed_cost
-        self._unattributed_since, self._attributed_cost = now, total
-        items = [attempt.queued_job.job.items for attempt in attempts]
+        rest = max(0.0, now - self._unattributed_since - sum(seconds))
+        *costs, rest_cost = split(total - self._attributed_cost, [*seconds, rest])
+        self._unattributed_since, self._attributed_cost = now - rest, total - rest_cost
         return [
             AttemptBill(
                 provider=self.provider_name,
                 provider_id=self.provider_id,
                 agreement_id=self.agreement_id,
                 activity_id=self.activity_id,
-                seconds=seconds * own_items / sum(items),
-                cost=own_cost,
+                seconds=own_seconds,
+                cost=cost,
             )
-            for own_items, own_cost in zip(items, split(cost, items), strict=True)
+            for own_seconds, cost in zip(seconds, costs, strict=True)
         ]
 
     # Scripts
@@ -240,7 +238,8 @@ class GolemWorker:
     async def _process(self, engine: Any, job_id: str) -> None:
         scripts = self._scripts(engine)
         try:
-            await engine.process_batches(job_id, self.agreement_id, self._yapapi_context._activity, scripts)
+            activity = poll_without_pauses(self._yapapi_context._activity)
+            await engine.process_batches(job_id, self.agreement_id, activity, scripts)
         except StopAsyncIteration:
             return  # how yapapi reports that there are no more scripts
         finally:
@@ -314,9 +313,10 @@ class GolemWorker:
 
     async def _accept(self, attempts: Sequence[Attempt]) -> Exception | None:
         """Take over the results of chunks. :return: why the first that could not be taken over were refused."""
-        refusal, accepted = None, list[tuple[Attempt, int]]()
+        refusal, accepted, arrivals = None, dict[Attempt, int](), list[float]()
         try:
             for attempt in attempts:
+                arrivals.append(attempt.arrived_at())
                 try:
                     async with self._parts.checks:
                         images = await asyncio.to_thread(accept_results, attempt.received, attempt.queued_job)
@@ -324,22 +324,43 @@ class GolemWorker:
                     refusal = refusal or error
                     attempt.received.unlink(missing_ok=True)
                 else:
-                    accepted.append((attempt, images))
+                    accepted[attempt] = images
         finally:
-            for (attempt, images), bill in zip(accepted, self._attribute([each for each, _ in accepted]), strict=True):
-                self._finish(attempt)
-                self.chunks += 1
-                self._parts.provider_records.record_success(self, images=images, seconds=bill.seconds)
-                attempt.queued_job.bills.append(bill)
-                attempt.queued_job.complete(Outcome(provider=self.provider_name, seconds=bill.seconds))
+            if len(accepted) == len(self.attempts):
+                arrivals[-1:] = [time.monotonic()]  # nobody else is left whom the time since then could be charged to
+            self._complete(accepted, attempts[: len(arrivals)], arrivals)
         return refusal
+
+    def _complete(
+        self, accepted: Mapping[Attempt, int], attempts: Sequence[Attempt], arrivals: Sequence[float]
+    ) -> None:
+        """Complete the jobs of attempts that were accepted, each with the number of its images that were computed.
+
+        :param attempts: those whose results arrived, with the time of each.
+        """
+        items = [attempt.queued_job.job.items for attempt in attempts]
+        seconds = dict(zip(attempts, own_seconds(arrivals, items, self._unattributed_since), strict=True))
+        bills = self._attribute([seconds[attempt] for attempt in accepted])
+        # Its speed is that of all: how fast one of them came also depends on the others.
+        speed = sum(accepted.values()) / max(1e-3, sum(bill.seconds for bill in bills))
+        for (attempt, images), bill in zip(accepted.items(), bills, strict=True):
+            self._finish(attempt)
+            self.chunks += 1
+            self._parts.provider_records.record_success(self, images=images, seconds=bill.seconds, speed=speed)
+            attempt.queued_job.bills.append(bill)
+            attempt.queued_job.complete(Outcome(provider=self.provider_name, seconds=bill.seconds))
 
     async def _end_attempts(self, failure: AttemptFailure) -> None:
         """End all attempts: take over what has arrived, fail the chunk that was worked on, give the others back."""
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._timings.cleanup_seconds):  # the provider is paid meanwhile
-                    await self._accept([attempt for attempt in self.attempts if attempt.has_arrived()])
+                    refusal = await self._accept([attempt for attempt in self.attempts if attempt.has_arrived()])
+                    if isinstance(refusal, UntrueResults):
+                        # What ended the script is not what was wrong with these; a part of a file proves nothing.
+                        if not failure.is_provider_fault:
+                            self._report_failure(None, failure, None, 0.0)
+                        failure = classify_error(refusal, "run the chunk")
         finally:
             # Also when this is cancelled: no job may be lost.
             self._release_attempts(failure)
@@ -354,7 +375,7 @@ class GolemWorker:
             if not attempt.queued_job.running_attempts:
                 self._parts.job_queue.put(attempt.queued_job, is_retry=True)
         if left:
-            (bill,) = self._attribute(left[:1])
+            (bill,) = self._attribute([max(0.0, time.monotonic() - self._unattributed_since)])
             self._report_failure(left[0].queued_job, failure, bill, bill.seconds)
         else:
             self._report_failure(None, failure, None, 0.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,34 @@ class Attempt:
         """Return whether some of its results are here, and somebody waits for them."""
         is_wanted = not self.queued_job.outcome.done()
         return is_wanted and self.received.exists() and self.received.stat().st_size > 0
+
+    def arrived_at(self) -> float:
+        """Return when its results arrived, on the monotonic clock; now if there are none."""
+        now = time.monotonic()
+        if not self.received.exists():
+            return now
+        return min(now, now - (time.time() - self.received.stat().st_mtime))
+
+
+def own_seconds(arrivals: Sequence[float], items: Sequence[int], since: float) -> list[float]:
+    """Divide a provider's time over its chunks: to each the time between the arrivals before it and its own.
+
+    Where a later one came quicker, it was computed while the one before it was sent: their time is theirs together, in
+    proportion to their items. So one that is slow is no part of the time of those before it.
+
+    :param arrivals: in the order of the chunks, by the clock of `since`, when the first was begun.
+    """
+    groups: list[tuple[float, int, int]] = []  # seconds, items, chunks
+    for arrival, count in zip(arrivals, items, strict=True):
+        seconds = max(0.0, arrival - since)
+        since += seconds
+        group = (seconds, max(1, count), 1)
+        while groups and groups[-1][0] * group[1] > group[0] * groups[-1][1]:
+            earlier = groups.pop()
+            group = (earlier[0] + group[0], earlier[1] + group[1], earlier[2] + group[2])
+        groups.append(group)
+    rates = [seconds / count for seconds, count, chunks in groups for _ in range(chunks)]
+    return [rate * max(1, count) for rate, count in zip(rates, items, strict=True)]
 
 
 def accept_results(received: Path, queued_job: QueuedJob) -> int:

@@ -96,9 +96,9 @@ def test_a_price_of_many_digits_leaves_sums_exact(tiny: object) -> None:
 
 async def test_a_chunk_without_a_computed_image_does_not_change_the_speed(provider_records: ProviderRecords) -> None:
     worker: Any = SimpleNamespace(model=MODEL, provider_id="0x1")
-    provider_records.record_success(worker, images=16, seconds=2.0)
+    provider_records.record_success(worker, images=16, seconds=2.0, speed=8.0)
 
-    provider_records.record_success(worker, images=0, seconds=0.001)
+    provider_records.record_success(worker, images=0, seconds=0.001, speed=0.0)
 
     assert provider_records.speed(MODEL, "0x1") == 8.0
 
@@ -295,6 +295,6 @@ async def test_providers_that_only_ever_fail_together_stay_banned(provider_recor
 
     for _ in range(_MAX_FORGIVEN):
         assert fail_everywhere() == set(), "the chunk may be at fault"
-    provider_records.record_success(workers[0], images=16, seconds=1.0)
+    provider_records.record_success(workers[0], images=16, seconds=1.0, speed=16.0)
 
     assert fail_everywhere() == {"0x2", "0x3"}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import threading
+import time
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +15,16 @@ from typing import Any
 
 import pytest
 
-from batcher.errors import BudgetReached, GolemUnavailable
+from batcher.errors import BudgetReached, GolemUnavailable, UntrueResults
 from batcher.executors import Job
 from batcher.executors.golem.job_queue import JobQueue, QueuedJob
-from batcher.executors.golem.scripts.attempt import Attempt, accept_results
+from batcher.executors.golem.scripts.attempt import Attempt, accept_results, own_seconds
 from batcher.executors.golem.scripts.failure import AttemptFailure, classify_error
 from batcher.executors.golem.timings import GolemTimings
 from batcher.executors.golem.worker import GolemWorker, elapsed
-from provider_image.errors import MalformedResults
-from tests.timing import DEADLINE_SECONDS
+from batcher.executors.golem.yapapi_adapter import import_yapapi, poll_without_pauses
+from provider_image.errors import ChunkTimeout, MalformedResults
+from tests.timing import DEADLINE_SECONDS, slowness
 
 
 async def test_what_gftp_still_writes_after_the_check_does_not_change_the_results(tmp_path: Path) -> None:
@@ -216,6 +219,119 @@ async def test_after_a_pause_a_chunk_is_sent_that_starts_the_warm_process_again(
     await worker._take_jobs()
 
     assert worker._accepts_next == is_trusted
+
+
+async def test_the_end_of_a_script_is_noticed_without_a_pause() -> None:
+    import_yapapi()
+    from yapapi.rest.activity import Activity
+
+    ended, pauses = (
+        SimpleNamespace(index=0, message=None, stdout="", stderr="", result="Ok", is_batch_finished=True),
+        [],
+    )
+    answers = iter([[], [], [ended]])
+
+    async def results(*_: Any, **__: Any) -> Any:
+        pauses.append(time.monotonic())
+        return next(answers)
+
+    api = SimpleNamespace(call_exec=lambda *_: asyncio.sleep(0, "b1"), get_exec_batch_results=results)
+    activity = poll_without_pauses(Activity(api, SimpleNamespace(), "ac1", False))
+
+    batch = await activity.send([{"start": {}}])
+    async with asyncio.timeout(60 * slowness()):
+        events = [event async for event in batch]
+
+    assert len(events) == 1
+    assert len(pauses) == 3 and pauses[-1] - pauses[0] < 3.0, "yapapi's own pauses are of three seconds each"
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "items", "seconds"),
+    [
+        ([3.0], [16], [3.0]),
+        ([1.0, 2.0, 3.0], [16, 16, 16], [1.0, 1.0, 1.0]),
+        ([3.0, 3.0, 3.0], [16, 16, 16], [1.0, 1.0, 1.0]),  # computed while others were sent
+        ([1.0, 2.0, 60.0], [16, 16, 16], [1.0, 1.0, 58.0]),  # the last one is slow
+        ([2.0, 2.0, 12.0], [1, 3, 16], [0.5, 1.5, 10.0]),
+        ([2.0, 1.0], [16, 16], [1.0, 1.0]),  # a clock was set back
+    ],
+)
+def test_each_chunk_has_its_own_time(arrivals: list[float], items: list[int], seconds: list[float]) -> None:
+    assert own_seconds([100.0 + each for each in arrivals], items, since=100.0) == pytest.approx(seconds)
+
+
+def make_worker(tmp_path: Path, *contents: bytes, check: Any) -> tuple[GolemWorker, list[QueuedJob], list[Any]]:
+    """Make a worker of a price of 1 GLM a second that has had chunks for a minute. :return: it, them, its failures.
+
+    :param contents: of the results file of each, which arrived one second after the other.
+    """
+    loop, began, failures = asyncio.get_running_loop(), time.monotonic() - 60.0, list[Any]()
+    records = SimpleNamespace(
+        record_success=lambda *_, **__: None,
+        is_unclear_again=lambda _: False,
+        record_failure=lambda worker, queued_job, reason, seconds: failures.append((queued_job, reason)),
+    )
+    parts = SimpleNamespace(
+        timings=GolemTimings(),
+        settings=SimpleNamespace(start_seconds=10.0, attempts=3),
+        job_queue=JobQueue(),
+        checks=asyncio.Semaphore(1),
+        provider_records=records,
+    )
+    reservation: Any = FakeReservation()
+    reservation.price.max_cost = lambda seconds: Decimal(f"{seconds:.6f}")
+    pool: Any = SimpleNamespace(model="vgg16", parts=parts)
+    activity = SimpleNamespace(provider_id="0xa1fa", _agreement=SimpleNamespace(id="ag1"), id="ac1")
+    worker = GolemWorker(pool, Any, activity, reservation)
+    worker._unattributed_since, worker._started = began, elapsed() - 60.0
+    for number, data in enumerate(contents):
+        received = tmp_path / f"{number}.part"
+        received.write_bytes(data)
+        os.utime(received, (0, time.time() - 59.0 + number))
+        job = Job(
+            chunk_id=f"c{number}",
+            model="vgg16",
+            items=16,
+            chunk=tmp_path / f"{number}.zip",
+            results=tmp_path / f"{number}.results",
+            timeout_seconds=60,
+            check=check,
+        )
+        queued_job = QueuedJob(job=job, outcome=loop.create_future(), attempts=1)
+        worker.attempts.append(Attempt(queued_job=queued_job, size_bytes=1, received=received, slot=number))
+    return worker, [each.queued_job for each in worker.attempts], failures
+
+
+async def test_a_chunk_that_hangs_costs_those_before_it_in_its_script_nothing(tmp_path: Path) -> None:
+    worker, (first, second, hanging), _ = make_worker(tmp_path, b"a", b"b", b"", check=lambda path: 16)
+    late = AttemptFailure(error=ChunkTimeout("The provider does not respond."), is_provider_fault=True)
+
+    await worker._end_attempts(late)
+
+    bills = [bill for each in (first, second, hanging) for bill in each.bills]
+    assert [bill.seconds for bill in bills] == pytest.approx([1.0, 1.0, 58.0], abs=0.5 * slowness())
+    assert sum(bill.cost for bill in bills) == worker._attributed_cost
+    assert float(bills[0].cost) == pytest.approx(bills[0].seconds, rel=0.1)
+    assert first.outcome.result().seconds == bills[0].seconds
+
+
+async def test_untrue_results_are_found_though_something_else_ended_their_script(tmp_path: Path) -> None:
+    def check(path: Path) -> int:
+        if path.read_bytes() == b"lie":
+            raise UntrueResults("It refused an input that can be used.")
+        return 16
+
+    worker, (good, untrue, unbegun), failures = make_worker(tmp_path, b"good", b"lie", b"", check=check)
+    unclear = AttemptFailure(error=GolemUnavailable("500"), is_provider_fault=False, is_unclear=True)
+
+    await worker._end_attempts(unclear)
+
+    assert good.outcome.result().error is None
+    assert failures == [(untrue, "It refused an input that can be used.")]
+    assert untrue.proven_wrong == {"0xa1fa"}
+    assert (len(untrue.bills), len(unbegun.bills), unbegun.attempts) == (1, 0, 0)
+    assert set(worker._parts.job_queue.queued_jobs()) == {untrue, unbegun}
 
 
 async def test_no_job_is_lost_when_a_worker_is_cancelled_while_it_takes_over_results(tmp_path: Path) -> None:
