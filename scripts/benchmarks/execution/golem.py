@@ -82,7 +82,14 @@ def scenario(folder: Path, providers: int, faults: dict[str, str], *, latency: f
 
 
 @contextlib.contextmanager
-def devnet(folder: Path, home: Path, plan: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
+    """Run a devnet during the block. :return: the environment variables that it prints."""
+    with devnet_process(folder, home, plan) as (_, variables):
+        yield variables
+
+
+@contextlib.contextmanager
+def devnet_process(folder: Path, home: Path, plan: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Run a devnet during the block. :return: its pid, and the environment variables that it prints."""
     variables = folder / f"devnet-{time.monotonic_ns()}.env"
     command = processes.mlg("devnet", "--scenario", str(plan), "--home", str(home), "--env-file", str(variables))
@@ -254,7 +261,7 @@ def main(
                 return batch(home, executor, log)
             before = reaped_seconds()
             plan = scenario(folder, providers, faults, latency=latency, rate=rate)
-            with devnet(folder, shared, plan) as (pid, variables):
+            with devnet_process(folder, shared, plan) as (pid, variables):
                 found = batch(home, executor, log, **variables, **settings, MLG_CHUNK_TIMEOUT_SECONDS="60")
                 devnet_cpu = 1000 * own_seconds(pid) / count
             provider_cpu = 1000 * (reaped_seconds() - before) / count - found.requestor_cpu - devnet_cpu
@@ -265,7 +272,7 @@ def main(
             runs = in_turns(rounds, {kind: lambda turn, kind=kind: run(turn, kind) for kind in KINDS})  # type: ignore
             _print_runs(runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, resizing {shrink}; medians of {rounds}")
         if kills:
-            with devnet(folder, shared, scenario(folder, providers, {})) as (_, variables):
+            with devnet(folder, shared, scenario(folder, providers, {})) as variables:
                 found = kill(folder, make_home("kills"), {**variables, **settings}, kills, seed)
             click.echo(", ".join(f"{name} {value}" for name, value in found.items()))
 
