@@ -7,7 +7,7 @@ refused: a provider waits, and is paid, while that is tried.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ class Resizer:
 
     :param workers: maximum number of processes.
     :param models: the folder of artefacts.
-    :param is_compressed: whether resized images are compressed.
+    :param is_compressed: tells whether resized images for a model are compressed.
     :param environment, limit_seconds: see `DecoderPool`.
     """
 
@@ -37,7 +37,7 @@ class Resizer:
         workers: int,
         models: Path,
         *,
-        is_compressed: bool = True,
+        is_compressed: Callable[[str], bool] = lambda model: True,
         environment: Mapping[str, str] | None = None,
         limit_seconds: float = JOB_TIMEOUT_SECONDS,
     ) -> None:
@@ -63,7 +63,7 @@ class Resizer:
         :raises OSError: an existing file cannot be read.
         """
         size = {"height": model.height, "width": model.width, "crop": model.crop}
-        options = {**size, "is_compressed": self._is_compressed}
+        options = {**size, "is_compressed": self._is_compressed(model.name)}
         inputs = ({name: str(path) for name, path in item.items()} for item in items)
         jobs = [{"do": "resize", "options": options, "inputs": each} for each in inputs]
         return self._run(self._threads, self._pool, jobs)
@@ -100,6 +100,11 @@ class Resizer:
             threads.shutdown()
         for pool in (self._pool, self._tries):
             pool.close()
+
+
+def is_compressing(settings: BatcherSettings, executor: Executor, model: str) -> bool:
+    """Tell whether resized images for a model are compressed."""
+    return settings.shrink == "on" or (settings.shrink == "auto" and not executor.has_quick_transfers(model))
 
 
 def is_resizing(settings: BatcherSettings, executor: Executor) -> bool:

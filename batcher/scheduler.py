@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from batcher.cycle import Cycle, available_models, now_utc
 from batcher.executors import Executor, ExecutorContext, load_executor
 from batcher.pipelines import PipelineRunner
-from batcher.resizing import Resizer, is_resizing
+from batcher.resizing import Resizer, is_compressing, is_resizing
 from batcher.result_writer import Tally
 from batcher.settings import BatcherSettings, BatcherTimings
 from batcher.systemd import extend_stop_timeout
@@ -96,7 +97,11 @@ class Batcher:
         #: Also tries what a stranger says of an input. Its processes are started when they are needed.
         has_resizer = is_resized or not executor.is_trusted
         self._resizer = (
-            Resizer(settings.resizers, settings.models, is_compressed=settings.shrink != "uncompressed")
+            Resizer(
+                settings.resizers,
+                settings.models,
+                is_compressed=functools.partial(is_compressing, settings, executor),
+            )
             if has_resizer
             else None
         )

@@ -78,5 +78,6 @@ class BatcherSettings(Settings):
     #: Number of resizing processes: MLG_WORKERS, else one a core, as far as there are 320 MB of memory for each.
     resizers: int = setting("MLG_WORKERS", 1, unset=default_decoders, minimum=1, maximum=256)
     #: Whether images are resized to the model's input before they are sent: on, off, or auto, which resizes if chunks
-    #: leave this machine. uncompressed resizes too, and takes less time and more bytes. MLG_SHRINK. Defaults to auto.
+    #: leave this machine, and compresses them unless transfers prove to be quick. on always compresses, uncompressed
+    #: never does, which takes less time and more bytes. MLG_SHRINK. Defaults to auto.
     shrink: str = setting("MLG_SHRINK", "auto", choices=SHRINK_CHOICES)

@@ -120,7 +120,8 @@ def batcher_options(*, default_max_wait: str) -> Callable[[Command], Command]:
             "MLG_SHRINK",
             type=click.Choice(SHRINK_CHOICES),
             help="Resize images to the model's input before they are sent; auto does so where chunks leave this "
-            "machine; uncompressed takes less time and more bytes. [MLG_SHRINK; auto]",
+            "machine, and compresses them unless transfers prove to be quick; on always compresses, uncompressed "
+            "never. [MLG_SHRINK; auto]",
         ),
         setting_option(
             "--precision",

@@ -109,6 +109,12 @@ class Executor(Protocol):
     def workers(self) -> int:
         """Return how many jobs run at the same time; others under way are queued."""
 
+    def has_quick_transfers(self, model: str) -> bool:
+        """Return whether chunks reach the workers in less time than these need for them, even larger ones.
+
+        Unless MLG_SHRINK says otherwise, resized images are then not compressed, which takes both sides time.
+        """
+
     def unavailable_reason(self, model: str) -> str | None:
         """Return, in a sentence, why no more work for a model is accepted now; None if it is. Clients see it."""
 

@@ -58,6 +58,9 @@ class FallbackExecutor:
     def workers(self) -> int:
         return sum(member.workers() for member in self._members)
 
+    def has_quick_transfers(self, model: str) -> bool:
+        return all(member.has_quick_transfers(model) for member in self._members)
+
     def unavailable_reason(self, model: str) -> str | None:
         """See Executor.unavailable_reason: None as soon as one member is available."""
         reasons = [member.unavailable_reason(model) for member in self._members]

@@ -167,6 +167,9 @@ class LocalExecutor:
             asyncio.create_task(self._worker_loop(number)) for number in range(self._settings.processes)
         ]
 
+    def has_quick_transfers(self, model: str) -> bool:
+        return True
+
     def capacity(self, model: str) -> int:
         return JOBS_PER_SLOT * self.workers()
 

@@ -49,6 +49,9 @@ class WithoutFaces:
     def workers(self) -> int:
         return self._executor.workers()
 
+    def has_quick_transfers(self, model: str) -> bool:
+        return self._executor.has_quick_transfers(model)
+
     def unavailable_reason(self, model: str) -> str | None:
         return _REASON if self._takes_faces(model) else self._executor.unavailable_reason(model)
 

@@ -58,6 +58,7 @@ class TableExecutor:
     name = "table"
     is_remote = False
     is_trusted = True
+    are_transfers_quick = False
 
     def __init__(self, models: Path, *, slots: int = 4) -> None:
         self.models = models
@@ -82,6 +83,9 @@ class TableExecutor:
 
     async def start(self) -> None:
         """Do nothing."""
+
+    def has_quick_transfers(self, model: str) -> bool:
+        return self.are_transfers_quick
 
     def capacity(self, model: str) -> int:
         return self.slots

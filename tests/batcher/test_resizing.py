@@ -389,19 +389,20 @@ def _written(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("choice", "is_remote", "is_resized", "format"),
+    ("choice", "is_remote", "are_transfers_quick", "format"),
     [
-        ("auto", False, False, None),
-        ("auto", True, True, "WEBP"),
+        ("auto", False, True, None),
+        ("auto", True, False, "WEBP"),
+        ("auto", True, True, "BMP"),
         ("on", False, True, "WEBP"),
-        ("on", True, True, "WEBP"),
         ("off", True, False, None),
-        ("uncompressed", False, True, "BMP"),
+        ("uncompressed", True, False, "BMP"),
     ],
 )
-def test_auto_resizes_if_chunks_leave_this_machine(
-    harness: Any, choice: str, is_remote: bool, is_resized: bool, format: str | None
+def test_auto_resizes_if_chunks_leave_this_machine_and_compresses_unless_that_is_quick(
+    harness: Any, choice: str, is_remote: bool, are_transfers_quick: bool, format: str | None
 ) -> None:
+    harness.executor.are_transfers_quick = are_transfers_quick
     harness.clock = lambda: datetime.now(UTC)
     harness.executor.is_remote = is_remote
     harness.change_settings(shrink=choice)
@@ -423,8 +424,8 @@ def test_auto_resizes_if_chunks_leave_this_machine(
     asyncio.run(asyncio.wait_for(main(), 300))
     workspace.remove()
 
-    assert harness.executor.resized_flags == [is_resized]
-    assert (harness.executor.images == [[GOOD]]) is not is_resized
+    assert harness.executor.resized_flags == [format is not None]
+    assert (harness.executor.images == [[GOOD]]) is (format is None)
     assert format in (None, read_header(harness.executor.images[0][0], MAX_PIXELS).format)
     assert not [pid for pid in children(os.getpid()) if "provider_image.decoders" in command_line(pid)]
 

@@ -107,6 +107,10 @@ class GolemExecutor:
     def workers(self) -> int:
         return self._settings.max_workers
 
+    def has_quick_transfers(self, model: str) -> bool:
+        # An earlier version of what providers have built in knows compressed images only.
+        return self._settings.runtime is None and self._parts.quick_transfers.get(model, False)
+
     def unavailable_reason(self, model: str) -> str | None:
         if self._session_error is not None:
             return self._session_error

@@ -31,6 +31,8 @@ class GolemParts:
         self.timings = timings
         self.job_queue = JobQueue()
         self.checks = asyncio.Semaphore(_MAX_CHECKS)
+        #: Model -> whether its chunks reach providers quicker than they are computed; False for good. See `worker.py`.
+        self.quick_transfers: dict[str, bool] = {}
         self.ledger = context.store.ledger
         self.ledger_writer = LedgerWriter(timings)
         self.money = Money(context.store, self.ledger_writer, owner=context.owner, caps=settings.caps, timings=timings)

@@ -267,8 +267,8 @@ class GolemWorker:
         self._pool.release_earlier_worker()
         log.info("provider %s is ready for %s after %.1f s", self.provider_name, self.model, self.start_seconds)
         while await self._begin_jobs():
-            script, awaited = self._script()
-            is_receiving = True
+            script, new, awaited = self._script()
+            is_receiving, sent_at = True, time.monotonic()
             try:
                 results = yield script
                 # Before the results are checked: they must not change afterwards.
@@ -278,9 +278,11 @@ class GolemWorker:
                 self._worked_at = elapsed()
                 if not self._accepts_next:
                     self._accepts_next = any(ACCEPTS_NEXT in (each.stdout or "") for each in await results)
+                arrivals = [attempt.arrived_at() for attempt in awaited]
                 refusal = await self._accept(awaited)
                 if refusal is not None:
                     raise refusal
+                self._judge_transfers(new, arrivals, sent_at)
             except Exception as error:
                 self._deadline = None
                 await self._end_attempts(classify_error(error, "run the chunk"))
@@ -296,20 +298,33 @@ class GolemWorker:
         except Exception as error:
             log.info("the file server does not stop to receive from %s: %s", self.provider_name, explain(error))
 
-    def _script(self) -> tuple[Any, list[Attempt]]:
-        """Make the next script. :return: it, and the chunks whose results it brings."""
+    def _script(self) -> tuple[Any, list[Attempt], list[Attempt]]:
+        """Make the next script. :return: it, the chunks that it sends, and those whose results it brings."""
         left = (self._deadline or time.monotonic()) - time.monotonic()
         script = self._yapapi_context.new_script(timeout=timedelta(seconds=max(0.1, left)))
         if not self._accepts_next:
             add_chunk(script, self.attempts[0])
             self._sent = {*self.attempts}
-            return script, list(self.attempts)
+            return script, list(self.attempts), list(self.attempts)
         ahead = 0 if self.is_stopping else min(self._pipeline_chunks(), len(self.attempts) // 2)
         awaited = self.attempts[: len(self.attempts) - ahead]
         new = [attempt for attempt in self.attempts if attempt not in self._sent]
         add_chunks(script, new=new, awaited=awaited, has_work=len(new) < len(self.attempts))
         self._sent = {*self.attempts}
-        return script, awaited
+        return script, new, awaited
+
+    def _judge_transfers(self, new: Sequence[Attempt], arrivals: Sequence[float], sent_at: float) -> None:
+        """Find out by a script whether transfers are quick: one that sends chunks while the provider has as many."""
+        if len(new) < len(arrivals) or {*new} != {*self.attempts}:
+            return
+        found, model = self._parts.quick_transfers, self.model
+        was_quick = found.get(model)
+        if was_quick is not False:
+            is_quick = self._timings.has_quick_transfers(arrivals, sent_at, bool(was_quick))
+            # Once they were too slow for larger files, they stay compressed.
+            if is_quick != bool(was_quick):
+                found[model] = is_quick
+                log.info("transfers are %s for %s", "quick" if is_quick else "too slow without compression", model)
 
     async def _accept(self, attempts: Sequence[Attempt]) -> Exception | None:
         """Take over the results of chunks. :return: why the first that could not be taken over were refused."""

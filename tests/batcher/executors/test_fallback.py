@@ -36,6 +36,9 @@ class Member:
     async def start(self) -> None:
         self.is_started = True
 
+    def has_quick_transfers(self, model: str) -> bool:
+        return not self.is_remote
+
     def capacity(self, model: str) -> int:
         return 4
 

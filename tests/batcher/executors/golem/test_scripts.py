@@ -170,6 +170,25 @@ def test_a_provider_works_while_chunks_are_sent(tmp_path: Path) -> None:
     assert busy.commands == ["up 2", "up 3", "next 1 2 2 3 3", "down 1", "next 2", "down 2"]
 
 
+@pytest.mark.parametrize(
+    ("arrivals", "is_quick", "stays_quick"),
+    [
+        ([0.9, 1.9, 2.9, 3.9], True, True),  # sent while the first one is computed
+        ([1.5, 2.5, 3.5, 4.5], False, True),  # sent in half of the time that the provider has
+        ([4.0, 4.1, 4.2, 4.3], False, False),  # the provider waited
+        ([0.9, 1.9], False, True),  # too few to know
+    ],
+)
+def test_transfers_are_quick_if_chunks_are_sent_while_one_is_computed(
+    arrivals: list[float], is_quick: bool, stays_quick: bool
+) -> None:
+    timings = GolemTimings()
+
+    found = [timings.has_quick_transfers([100.0 + each for each in arrivals], 100.0, was) for was in (False, True)]
+
+    assert found == [is_quick, stays_quick]
+
+
 def test_how_many_chunks_a_script_waits_for_follows_from_the_speed() -> None:
     timings = GolemTimings(script_seconds=2.0, max_script_chunks=4, ahead_seconds=10.0)
 

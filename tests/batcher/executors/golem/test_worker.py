@@ -303,6 +303,19 @@ def make_worker(tmp_path: Path, *contents: bytes, check: Any) -> tuple[GolemWork
     return worker, [each.queued_job for each in worker.attempts], failures
 
 
+async def test_transfers_that_were_too_slow_without_compression_stay_compressed(tmp_path: Path) -> None:
+    worker, _, _ = make_worker(tmp_path, b"", b"", b"", check=None)
+    found = worker._parts.quick_transfers = {}
+    new, quick, slow = [*worker.attempts], [100.9, 101.9, 102.9], [103.0, 103.1, 103.2]
+
+    def judge(new: Any, arrivals: list[float]) -> bool | None:
+        worker._judge_transfers(new, arrivals, 100.0)
+        return found.get("vgg16")
+
+    assert [judge(new, slow), judge(new[:2], quick), judge(new, quick)] == [None, None, True]
+    assert [judge(new, quick), judge(new, slow), judge(new, quick)] == [True, False, False]
+
+
 async def test_a_chunk_that_hangs_costs_those_before_it_in_its_script_nothing(tmp_path: Path) -> None:
     worker, (first, second, hanging), _ = make_worker(tmp_path, b"a", b"b", b"", check=lambda path: 16)
     late = AttemptFailure(error=ChunkTimeout("The provider does not respond."), is_provider_fault=True)
