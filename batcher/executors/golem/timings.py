@@ -171,12 +171,13 @@ class GolemTimings:
     def has_quick_transfers(self, arrivals: Sequence[float], since: float, was_quick: bool) -> bool:
         """Return whether a script's chunks were sent so quickly that transfers take no time of a provider.
 
-        While they are sent, it computes those that were sent before: at least three, or nothing is known.
+        While they are sent, it computes those that were sent before. One says nothing; two are not enough to find that
+        transfers became slow.
 
         :param arrivals: of the results, and `since`: when the script was sent. As many chunks were sent with it.
         :param was_quick: whether they were found to be quick before.
         """
-        if len(arrivals) < 3:
+        if len(arrivals) < 2 + was_quick:
             return was_quick
         sending, chunk = arrivals[0] - since, (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
         most = self.slow_transfer_share * len(arrivals) if was_quick else self.quick_transfer_chunks

@@ -314,12 +314,12 @@ class GolemWorker:
         return script, new, awaited
 
     def _judge_transfers(self, new: Sequence[Attempt], arrivals: Sequence[float], sent_at: float) -> None:
-        """Find out by a script whether transfers are quick: one that sends chunks while the provider has as many."""
-        if len(new) < len(arrivals) or {*new} != {*self.attempts}:
-            return
+        """Find out whether transfers are quick, by a script that has sent as many chunks as it has brought results."""
         found, model = self._parts.quick_transfers, self.model
         was_quick = found.get(model)
-        if was_quick is not False:
+        # Where it also brings results of what it sends, it takes longer for that reason.
+        is_fair = not was_quick or {*new} == {*self.attempts}
+        if was_quick is not False and len(new) >= len(arrivals) and is_fair:
             is_quick = self._timings.has_quick_transfers(arrivals, sent_at, bool(was_quick))
             # Once they were too slow for larger files, they stay compressed.
             if is_quick != bool(was_quick):

@@ -176,7 +176,9 @@ def test_a_provider_works_while_chunks_are_sent(tmp_path: Path) -> None:
         ([0.9, 1.9, 2.9, 3.9], True, True),  # sent while the first one is computed
         ([1.5, 2.5, 3.5, 4.5], False, True),  # sent in half of the time that the provider has
         ([4.0, 4.1, 4.2, 4.3], False, False),  # the provider waited
-        ([0.9, 1.9], False, True),  # too few to know
+        ([0.9, 1.9], True, True),
+        ([1.9, 2.0], False, True),  # two may be chance
+        ([0.9], False, True),
     ],
 )
 def test_transfers_are_quick_if_chunks_are_sent_while_one_is_computed(
