@@ -341,7 +341,7 @@ class GolemWorker:
                 else:
                     accepted[attempt] = images
         finally:
-            if len(accepted) == len(self.attempts):
+            if accepted and len(accepted) == len(self.attempts):
                 arrivals[-1:] = [time.monotonic()]  # nobody else is left whom the time since then could be charged to
             self._complete(accepted, attempts[: len(arrivals)], arrivals)
         return refusal

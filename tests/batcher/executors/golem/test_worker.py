@@ -303,6 +303,14 @@ def make_worker(tmp_path: Path, *contents: bytes, check: Any) -> tuple[GolemWork
     return worker, [each.queued_job for each in worker.attempts], failures
 
 
+async def test_a_worker_without_chunks_may_fail(tmp_path: Path) -> None:
+    worker, _, failures = make_worker(tmp_path, check=None)
+
+    await worker._end_attempts(AttemptFailure(error=ChunkTimeout("It hangs."), is_provider_fault=True))
+
+    assert failures == [(None, "It hangs.")]
+
+
 async def test_transfers_that_were_too_slow_without_compression_stay_compressed(tmp_path: Path) -> None:
     worker, _, _ = make_worker(tmp_path, b"", b"", b"", check=None)
     found = worker._parts.quick_transfers = {}
