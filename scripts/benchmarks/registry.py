@@ -36,7 +36,7 @@ RUNS = {
     "workers": Run(folder="execution", options="--chunks 10"),
     "gpu": Run(folder="execution"),
     "startup": Run(folder="execution", options="--rounds 3"),
-    "models": Run(folder="models", options="--models resnet50,nasnet_mobile --rounds 1", column="net times"),
+    "models": Run(folder="models", options="--models resnet50,nasnet_mobile --rounds 1 --judged 0", column="net times"),
     "collections": Run(folder="models", options="--vectors 100000 --crops 0 --images 200"),
     "training": Run(folder="models", options="--images 200"),
     "heads": Run(folder="models", options="--rounds 3"),

@@ -20,6 +20,7 @@ from provider_image.backends.openvino import load_net
 from provider_image.compiler import ensure_installed
 from provider_image.cores import available_cores
 from provider_image.images.decoding import decode
+from provider_image.models.artefact import Artefact
 from scripts.benchmarks.support.measuring import rounds_option, timed
 from trainer.figures import Figures, classification_figures
 from trainer.fitting import fit_and_evaluate_classes
@@ -62,11 +63,10 @@ def _png(pixels: Array) -> bytes:
     return file.getvalue()
 
 
-def features_of(models: Path, images: Sequence[bytes]) -> Array:
-    """Compute the features of images, f32 of shape (images, dimensions)."""
+def features_of(artefact: Artefact, images: Sequence[bytes]) -> Array:
+    """Compute the features of images by an embedding, f32 of shape (images, dimensions)."""
     import numpy as np
 
-    artefact = ensure_installed(models, MODEL)
     net = load_net(artefact, Device(threads=available_cores()))
 
     def run(data: bytes) -> Array:
@@ -109,13 +109,14 @@ def _describe(figures: Figures) -> tuple[float, str]:
 def main(rounds: int) -> None:
     """Train classifiers on splits with different seeds. Example: scripts/bench heads"""
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
+        artefact = ensure_installed(Path(folder) / "models", MODEL)
         images, labels = faces()
-        features = features_of(Path(folder) / "models", images)
+        features = features_of(artefact, images)
         for of_each in (5, 10, 20):
             runs = [evaluate(features, labels, of_each, seed) for seed in range(rounds)]
             _report(f"faces, {of_each} of each class", runs)
         images, labels = digits()
-        features = features_of(Path(folder) / "models", images)
+        features = features_of(artefact, images)
         _report("digits, a fifth held out", [evaluate_holdout(features, labels, seed) for seed in range(rounds)])
     fit = functools.partial(fit_classifier, features[:1000], labels[:1000], find_groups(features[:1000]).numbers)
     started = time.process_time()

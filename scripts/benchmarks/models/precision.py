@@ -37,16 +37,19 @@ SHARES = (0.5, 1.0)
 SIDE = 256
 
 
-def write_parts(folder: Path, count: int) -> None:
-    """Write so many different parts of the photos as JPEG."""
+def write_parts(folder: Path, count: int, seed: int = 0) -> list[str]:
+    """Write so many different parts of the photos as JPEG.
+
+    :return: the name of the photo that each is of, in the order of the files' names.
+    """
     photos = []
     for package, (place, names) in PHOTOS.items():
         spec = find_spec(package)
         assert spec is not None and spec.origin is not None
-        photos += [Image.open(Path(spec.origin).parent / place / name).convert("RGB") for name in names]
-    random = np.random.default_rng(0)
+        photos += [(name, Image.open(Path(spec.origin).parent / place / name).convert("RGB")) for name in names]
+    random, found = np.random.default_rng(seed), []
     for number in range(count):
-        photo = photos[number % len(photos)]
+        name, photo = photos[number % len(photos)]
         side = int(min(photo.size) * random.uniform(*SHARES))
         left, top = (int(random.integers(0, length - side + 1)) for length in photo.size)
         part = photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
@@ -55,6 +58,18 @@ def write_parts(folder: Path, count: int) -> None:
         buffer = io.BytesIO()
         part.save(buffer, "JPEG", quality=92)
         (folder / f"{number:05}.jpg").write_bytes(buffer.getvalue())
+        found.append(name)
+    return found
+
+
+def build_copy(models: Path, base: str, precision: str, photos: Path) -> tuple[Artefact | None, str]:
+    """Build a copy as `mlg models compile --precision` does. :return: it, or None if it was refused; its judgement."""
+    try:
+        artefact = builder.build(models, base, precision, photos, on_step=lambda step: click.echo(step, err=True))
+    except (UnsuitableModel, ConfigError) as error:
+        return None, error.reason
+    assert artefact.reduced is not None
+    return artefact, f"{artefact.name} is installed, {artefact.size_bytes / 1e6:.1f} MB: {artefact.reduced.figures}"
 
 
 def sure_ones(model: Artefact, photos: Path, least: float) -> None:
@@ -88,15 +103,9 @@ def main(count: int, surer_than: float, precisions: str, rounds: int, seconds: f
         click.echo(f"{len(images)} photos")
         nets: dict[str, Net] = {"f32": load_net(model, Device())}
         for precision in precisions.split(","):
-            try:
-                artefact = builder.build(models, MODEL, precision, photos, on_step=click.echo)
-            except (UnsuitableModel, ConfigError) as error:
-                click.echo(error.reason)
-            else:
-                assert artefact.reduced is not None
-                click.echo(
-                    f"{artefact.name} is installed, {artefact.size_bytes / 1e6:.1f} MB: {artefact.reduced.figures}"
-                )
+            artefact, judgement = build_copy(models, MODEL, precision, photos)
+            click.echo(judgement)
+            if artefact is not None:
                 nets[precision] = load_net(artefact, Device())
 
         def rate_of(net: Net) -> float:
