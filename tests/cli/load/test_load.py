@@ -324,6 +324,11 @@ def test_the_plan_is_written_for_jmeter(tmp_path: Path, monkeypatch: pytest.Monk
     # JMeter's trees: an element, then the hashTree of what is below it.
     for tree in tests.iter("hashTree"):
         assert [child.tag == "hashTree" for child in tree] == [False, True] * (len(tree) // 2)
+    # In the group's own tree, every request would take two lines of the list.
+    upload = [child.tag for child in tests.findall(".//GenericController/../hashTree/*") if child.tag != "hashTree"]
+    assert upload[-2:] == ["CSVDataSet", "HTTPSamplerProxy"]
+    group = tests.find(".//GenericController/..")
+    assert group is not None and not group.findall("CSVDataSet")
     texts = {each.get("name"): each.text for each in tests.iter("stringProp")}
     assert texts["OpenModelThreadGroup.schedule"] == (
         "rate(0/sec) even_arrivals(10 sec) rate(20/sec) even_arrivals(50 sec) rate(20/sec)"
