@@ -49,7 +49,7 @@ class TrainingPageViews(Views):
     @operation("GET /ui/train", "The list of trainings, and the form that begins one", Scope.READ, tag=PAGES)
     def trainings_page(self) -> flask.Response:
         """List trainings, newest first, beside the form."""
-        return self._list()
+        return self._list(flask.request.args.get("name", ""))
 
     @operation("POST /ui/train/new/<name>", "The form that sends the examples of a training", Scope.TRAIN, tag=PAGES)
     def train_form(self, name: str) -> Response:
@@ -61,7 +61,7 @@ class TrainingPageViews(Views):
             with self._context.training_intake.read(flask.request, options, is_table=is_table) as received:
                 training, _ = self._context.training_intake.add(received)
         except MlgError as error:
-            return self._list(notice=error.reason, code=409)
+            return self._list(name, notice=error.reason, code=409)
         return flask.redirect(f"/ui/train/{training.id}", 303)
 
     @operation("GET /ui/train/<id>", "The page of one training", Scope.READ, tag=PAGES)
@@ -89,12 +89,12 @@ class TrainingPageViews(Views):
             return self._show(training, notice=error.reason, code=409)
         return flask.redirect(f"/ui/train/{id}", 303)
 
-    def _list(self, *, notice: str | None = None, code: int = 200) -> flask.Response:
+    def _list(self, entered_name: str, *, notice: str | None = None, code: int = 200) -> flask.Response:
         cursors, given = self._cursors("trainings"), flask.request.args
         before = parse_cursor(cursors, "before", given.get("before") or None)
         found = self._store.trainings.list(key_id=visible_key_id(), before=before, limit=PER_PAGE + 1)
         shown = [self._show_one(training) for training in found[:PER_PAGE]]
-        name = normalise_text(given.get("name", ""))
+        name = normalise_text(entered_name)
         source = given.get("from", "images") if given.get("from") in SOURCES else "images"
         upload = None
         if name and notice is None:
@@ -122,6 +122,9 @@ class TrainingPageViews(Views):
             backbones=self._backbones(),
             chosen=given.get("backbone") or DEFAULT_BACKBONE,
             name=name,
+            # So that nothing has to be entered again after an error.
+            entered={field: given.get(field, "") for fields in SOURCES.values() for field in fields}
+            | {"name": entered_name},
             upload=upload,
             source=source,
             is_table=source in TABLES,

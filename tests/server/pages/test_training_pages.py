@@ -76,6 +76,22 @@ def test_the_form_says_what_is_wrong(client: flask.testing.FlaskClient) -> None:
 TABLE = b"colour,kind\n" + b"".join(b"c%d,%s\n" % (n, (b"a", b"b")[n % 2]) for n in range(20))
 
 
+def test_a_form_keeps_what_was_entered_after_an_error(client: flask.testing.FlaskClient) -> None:
+    texts = "from=texts&text=my+review&target=%22mood%22&segmenter=jieba"
+    wrong = client.get(f"/ui/train?name=My+!&{texts}", headers=BROWSER)
+    refused = client.post(
+        f"/ui/train/new/reviews?{texts}", data={"other": (io.BytesIO(b"a"), "a.csv")}, headers=BROWSER
+    )
+
+    for page, name in ((wrong, "My !"), (refused, "reviews")):
+        assert page.status_code in (400, 409)
+        form = page.text.partition('name="from" value="texts"')[2].partition("</form>")[0]
+        assert f'name="name" value="{name}"' in form
+        assert 'name="text" value="my review"' in form and 'name="target" value="&#34;mood&#34;"' in form
+        assert "<option selected>jieba</option>" in form
+        assert page.text.count("my review") == 1
+
+
 @pytest.mark.parametrize(
     ("query", "kind", "options"),
     [
