@@ -378,6 +378,11 @@ class Calls(abc.ABC):
         answer = await self._send("GET", "/models")
         return [Model.from_answer(model) for model in answer["models"]]
 
+    @ClientMethod
+    async def pipelines(self) -> list[Mapping[str, Any]]:
+        """List the server's pipelines: each has a name, the kind of each input, the first one first, and its steps."""
+        return list((await self._send("GET", "/pipelines"))["pipelines"])
+
     # Usage
 
     @ClientMethod

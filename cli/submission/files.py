@@ -47,7 +47,7 @@ def _inside(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
 
 
 def find_input(paths: Iterable[Path], client: Client, model: str) -> str:
-    """Return the name of what the model takes. The server is asked only if no image is given.
+    """Return the name of what the model or the pipeline takes. The server is asked only if no image is given.
 
     :raises ClientError: the server is unreachable.
     """
@@ -61,10 +61,15 @@ def find_input(paths: Iterable[Path], client: Client, model: str) -> str:
         for path in paths
     ):
         return "image"
-    spelled = model.lower().replace("-", "_")
-    found = next((one for one in client.models() if one.name.lower().replace("-", "_") == spelled), None)
-    kind = None if found is None else str(found.raw.get("input"))
+    kinds = {_spell(one.name): one.raw.get("input") for one in client.models()}
+    if _spell(model) not in kinds:
+        kinds = {_spell(one["name"]): next(iter(one["inputs"].values())) for one in client.pipelines()}
+    kind = kinds.get(_spell(model))
     return kind if kind in PLAIN_SUFFIXES else "image"
+
+
+def _spell(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def split_files(files: Iterable[Path]) -> Iterator[Path]:

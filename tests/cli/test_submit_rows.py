@@ -34,6 +34,8 @@ def test_lines_are_rows_and_files_are_texts(server: RunningServer, store: Store,
     rows = [dict(RENT_ROW), {"area": 61, "city": None}]
     table.write_text("\n\n".join(map(json.dumps, [*rows, {"size": 1}])) + "\n")
     texts.mkdir()
+    (server.home / "pipelines").mkdir(exist_ok=True)
+    (server.home / "pipelines/flat_rents.toml").write_text('[steps.guess]\nmodel = "rent"\nrow = "request.row"\n')
     for name, text in (("a.txt", "not good"), ("b.txt", "wonderful"), ("c.json", "{}")):
         (texts / name).write_text(text)
 
@@ -41,6 +43,7 @@ def test_lines_are_rows_and_files_are_texts(server: RunningServer, store: Store,
     again = submit(server, tmp_path, "--model", "Rent", table)
     moods = submit(server, tmp_path, "--model", "mood", texts)
     whole = submit(server, tmp_path, "--model", "mood", table)
+    flats = submit(server, tmp_path, "--model", "Flat-rents", table)
 
     lines = [line.split("\t") for line in sent.stdout.splitlines()]
     assert [line[0] for line in lines] == [f"{table}:1", f"{table}:3"], sent.stderr
@@ -52,7 +55,8 @@ def test_lines_are_rows_and_files_are_texts(server: RunningServer, store: Store,
     assert (found[lines[1][1]].service, found[lines[1][1]].name) == ("table", "flats.jsonl:3")
     assert [line.split("\t")[0] for line in whole.stdout.splitlines()] == [str(table)]
     names = [Path(line.split("\t")[0]).name for line in moods.stdout.splitlines()]
-    assert (moods.returncode, names, len(found)) == (0, ["a.txt", "b.txt"], 5)
+    assert (moods.returncode, names, len(found)) == (0, ["a.txt", "b.txt"], 8)
+    assert [line.split("\t")[0] for line in flats.stdout.splitlines()] == [f"{table}:{n}" for n in (1, 3, 5)]
 
 
 def test_an_empty_file_and_one_that_is_missing_are_named(server: RunningServer, tmp_path: Path) -> None:
