@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from provider_image.compiler.reduced.comparison import wilson_interval
+from provider_image.models.intervals import wilson_interval
 from trainer.errors import UnusableExamples
 from trainer.splitting import Shortage
 

@@ -21,7 +21,6 @@ from trainer.figures import (
     pearson,
     regression_figures,
     suggest_threshold,
-    wilson_interval,
 )
 
 CLASSES = ("bird", "cat", "dog")
@@ -105,16 +104,6 @@ def test_figures_of_nothing_are_undefined() -> None:
 def test_a_class_that_the_model_does_not_have_is_named() -> None:
     with pytest.raises(UnusableExamples, match=r"no class 'wolf' and 1 more. It has: bird, cat, dog"):
         classification_figures(CLASSES, ["cat", "wolf", "zebra"], np.eye(3), NAMES[:3])
-
-
-@pytest.mark.parametrize(
-    # Newcombe (1998), "Two-sided confidence intervals for the single proportion", table I, method 3.
-    ("correct", "count", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_interval_agrees_with_published_values(correct: int, count: int, low: float, high: float) -> None:
-    assert wilson_interval(correct, count) == pytest.approx((low, high), abs=5e-5)
-    assert wilson_interval(count - correct, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
 def test_threshold_keeps_the_most_answers_of_which_the_wanted_share_is_right() -> None:

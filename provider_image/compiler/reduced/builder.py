@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from provider_image.backends.openvino import GRAPH_FILES, OpenvinoNet, compile_graph, import_openvino
 from provider_image.compiler.installing import begin_artefact, build_folder, install, with_files
-from provider_image.compiler.reduced.comparison import CopyComparison, compare, wilson_interval
+from provider_image.compiler.reduced.comparison import CopyComparison, compare
 from provider_image.compiler.reduced.photos import decode_photos, list_photos, split
 from provider_image.compiler.reduced.quantised import RECIPE, count_layers, quantise, rank_layers
 from provider_image.compiler.verification import answer_images, name_by_place, write_samples
 from provider_image.errors import ConfigError, UnsuitableModel
 from provider_image.models.artefact import Artefact, Reduced, check_files, find_artefact, is_model_name, read_artefact
 from provider_image.models.catalogue import ModelFacts, look_up
+from provider_image.models.intervals import wilson_interval
 from provider_image.models.processor import cpu_name, processor_id
 from provider_image.models.quickest import copy_name
 from provider_image.models.registry import find_custom_name

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
     from provider_image.backends import Net
 
-#: The normal distribution's 97.5th percentile: both ends of a 95 % interval.
-_Z = 1.959963984540054
-
 
 @dataclass(frozen=True, kw_only=True)
 class CopyComparison:
@@ -66,17 +63,3 @@ def compare(model: Net, copy: Net, images: Iterable[np.ndarray[Any, Any]]) -> Co
         median_difference=statistics.median(differences),
         speedup=slow / quick if quick else 1.0,
     )
-
-
-def wilson_interval(correct: int, count: int) -> tuple[float, float] | tuple[None, None]:
-    """Return the 95 % interval of a share by Wilson (1927), which also holds near 0 and 1. (None, None) without items.
-
-    https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval#Wilson_score_interval
-    """
-    if not count:
-        return None, None
-    share = correct / count
-    denominator = 1 + _Z**2 / count
-    middle = (share + _Z**2 / (2 * count)) / denominator
-    half = _Z / denominator * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)

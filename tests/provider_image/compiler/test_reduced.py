@@ -18,10 +18,11 @@ from provider_image.check import check_model
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.compiler.embedding import build as build_embedding
 from provider_image.compiler.reduced.builder import build, has_bf16
-from provider_image.compiler.reduced.comparison import compare, wilson_interval
+from provider_image.compiler.reduced.comparison import compare
 from provider_image.compiler.reduced.photos import list_photos, split
 from provider_image.errors import BrokenArtefact, ConfigError, UnsuitableModel
 from provider_image.models.artefact import Artefact, find_artefact, read_artefact
+from provider_image.models.intervals import wilson_interval
 from provider_image.models.processor import processor_id
 from provider_image.models.quickest import find_copies, find_quickest
 from provider_image.runtime import NetCache, run_chunk
