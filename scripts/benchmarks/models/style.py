@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 SIZE, TEXTURE_SIDE = (384, 512), 384
 #: Side of the matrices that show the cores' own rate.
 _MATRIX_SIDE = 4096
+#: Threads of what ran before wait this long for more work, and take time from others meanwhile.
+_PAUSE_SECONDS = 0.2
 #: What a process does whose memory is measured: a model's folder, and the side of the images.
 _TRANSFER = """
 import sys
@@ -141,9 +143,9 @@ def in_process(folder: Path, side: int, iterations: int) -> tuple[float, int, st
 
 
 @click.command()
-@rounds_option(7)
+@rounds_option(15)
 def main(rounds: int) -> None:
-    """Measure style transfer. Example: scripts/bench style --rounds 5"""
+    """Measure style transfer. Takes some two minutes. Example: scripts/bench style --rounds 5"""
     import numpy as np
 
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as name:
@@ -178,26 +180,49 @@ def main(rounds: int) -> None:
             },
         )
         work = {way: floating_point_operations(network, *SIZE) for way in found} | {"product of matrices": product_work}
+        turns = {way: runs[1:] for way, runs in found.items()}
         wall, busy = (
-            {way: statistics.median(each[kind] for each in runs[1:]) for way, runs in found.items()} for kind in (0, 1)
+            {way: statistics.median(each[kind] for each in runs) for way, runs in turns.items()} for kind in (0, 1)
         )
+        # Of each turn, so that what else the machine does in it affects both.
+        ratios = {
+            way: [
+                sorted(
+                    one[kind] / other[kind] * work["tensorflow"] / work[way]
+                    for one, other in zip(runs, turns["tensorflow"], strict=True)
+                )
+                for kind in (0, 1)
+            ]
+            for way, runs in turns.items()
+        }
         rate = work["product of matrices"] / busy["product of matrices"]
         rows = [
             [
                 way,
                 f"{wall[way]:.2f}",
                 f"{busy[way]:.2f}",
-                f"{busy[way] / busy['tensorflow'] * work['tensorflow'] / work[way]:.2f}",
+                *(f"{statistics.median(each):.2f}" for each in ratios[way]),
                 f"{100 * work[way] / busy[way] / rate:.0f} %",
             ]
             for way in found
         ]
-        head = ["", "s", "s of processors", "of tensorflow's", "of the cores' own rate"]
-        print_table(f"An iteration of {work['openvino'] / 1e9:.0f} GFLOP, {size}", head, rows)
+        head = (
+            "",
+            "s",
+            "s of processors",
+            "of tensorflow's, clock",
+            "of tensorflow's, processors",
+            "of the cores' rate",
+        )
+        print_table(f"An iteration of {work['openvino'] / 1e9:.0f} GFLOP, {size}; {rounds} turns", head, rows)
+        middle = [each[len(each) // 4 : len(each) - len(each) // 4] for each in ratios["openvino"]]
+        clock, processors = (f"{each[0]:.2f} to {each[-1]:.2f}" for each in middle)
+        click.echo(f"the middle half of the turns: {clock} of tensorflow's by the clock, {processors} of processors")
 
 
 def _seconds(work: Callable[[], object]) -> tuple[float, float]:
     """Time a call. :return: seconds, and seconds of processors, which other processes on the machine change less."""
+    time.sleep(_PAUSE_SECONDS)
     started = time.process_time()
     seconds = timed(work)
     return seconds, time.process_time() - started
