@@ -29,7 +29,7 @@ from provider_image.backends import Device, Net
 from provider_image.backends.batches import DeviceBatches
 from provider_image.chunk import ChunkReader, ItemEntry, ItemResult, Results, open_chunk, write_results
 from provider_image.cores import MAX_JOB_BYTES, AllocationLimit, MemoryBudget, available_memory_bytes
-from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
+from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled, WorkerDied
 from provider_image.images.headers import MAX_PIXELS, read_header
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.processor import cpu_name, proc_field
@@ -254,10 +254,20 @@ def _find_or_build(models: Path, model: str, broken: BrokenArtefact | None = Non
     return find_artefact(models, model)
 
 
-def run_chunk(chunk: Path, results: Path, nets: NetCache, *, board: ProgressBoard | None = None) -> Results:
+def run_chunk(
+    chunk: Path,
+    results: Path,
+    nets: NetCache,
+    *,
+    board: ProgressBoard | None = None,
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> Results:
     """Process a chunk file and write its results file. An item that fails does not affect the others.
 
     :param board: gets what the service reports of the items under way.
+    :param is_wanted: asked before items are begun that do not go into a batch with those of other chunks. Once nobody
+        wants the results, no others are begun.
+    :raises WorkerDied: nobody wants the results.
     :raises MlgError: the chunk as a whole cannot be processed; no results file is written.
     :raises OSError: the results file cannot be written.
     """
@@ -271,10 +281,16 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache, *, board: ProgressBoar
         batches = [reader.items[start : start + size] for start in range(0, len(reader.items), size)]
         with nets.limit.applied():
             if loaded.batches is None:
-                done = list(nets.threads.map(lambda batch: _run_in_budget(reader, loaded, batch, board, nets), batches))
+                done = list(
+                    nets.threads.map(
+                        lambda batch: _run_in_budget(reader, loaded, batch, board, nets) if is_wanted() else [], batches
+                    )
+                )
             else:
                 begun = list(nets.threads.map(lambda batch: _begin(reader, loaded, batch[0], nets), batches))
                 done = [[each.result()] for each in begun]
+        if not is_wanted():
+            raise WorkerDied("Nobody waits for the chunk any more.")
         found = Results(
             chunk_id=reader.chunk_id,
             model=reader.model,

@@ -9,7 +9,7 @@ running. The protocol is JSON lines: the request `{"chunk": PATH, "results": PAT
 `limit_seconds` and the chunk takes longer, the process ends: an item that hangs must not block the chunks that follow.
 If it has `"progress": true`, lines like `{"progress": {"item": 3, "fraction": 0.5, "preview": BASE64 or null}}` come
 before the answer, when the service reports any. If it has `"announce": true`, the line `{"began": true}` comes when the
-chunk begins; one whose client has gone by then is left out.
+chunk begins; one whose client has gone by then is left out, and one whose client goes later ends before its next item.
 With `--pipes` it also takes chunks from named pipes, see `provider_image.pipes`; those are not interrupted, and have
 the limit of every chunk.
 A file lock in its folder ensures that only one process serves there. The system releases the lock when the process
@@ -202,7 +202,7 @@ class _WarmServer:
     def _run_queued(self, pipes: ChunkPipes, chunk: Path, results: Path) -> None:
         try:
             job = {"chunk": str(chunk), "results": str(results), "limit_seconds": MAX_CHUNK_SECONDS}
-            reply = self._run_job(json.dumps(job).encode(), None, None, ProgressBoard())
+            reply = self._run_job(json.dumps(job).encode(), None, None, ProgressBoard(), threading.Event())
             pipes.report(results, None if reply["ok"] else str(reply["reason"]))
         except OSError as error:
             logger.error("the end of a chunk cannot be reported: %s", error)
@@ -214,10 +214,10 @@ class _WarmServer:
             with connection, connection.makefile("rwb") as stream:
                 while (line := stream.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
                     self._count(jobs=1)
-                    board = ProgressBoard()
+                    board, has_gone = ProgressBoard(), threading.Event()
                     try:
-                        job = self._chunk_threads.submit(self._run_job, line, connection, stream, board)
-                        reply = self._wait(job, connection, stream, board)
+                        job = self._chunk_threads.submit(self._run_job, line, connection, stream, board, has_gone)
+                        reply = self._wait(job, connection, stream, board, has_gone)
                         stream.write(json.dumps(reply).encode() + b"\n")
                         stream.flush()
                     finally:
@@ -228,12 +228,19 @@ class _WarmServer:
             self._count(clients=-1)
 
     def _wait(
-        self, job: Future[dict[str, Any]], connection: socket.socket, stream: io.BufferedRWPair, board: ProgressBoard
+        self,
+        job: Future[dict[str, Any]],
+        connection: socket.socket,
+        stream: io.BufferedRWPair,
+        board: ProgressBoard,
+        has_gone: threading.Event,
     ) -> dict[str, Any]:
-        """Wait for the reply, and send progress. A client that does not read it delays only its own reply."""
+        """Wait for the reply, and send progress. A client that does not read it delays only its own reply.
+
+        :param has_gone: set when it is noticed that the client has gone.
+        """
         hang_up = select.poll()
         hang_up.register(connection, 0)  # reported without being requested
-        is_connected = True
         while True:
             try:
                 return job.result(REPORT_SECONDS)
@@ -243,8 +250,8 @@ class _WarmServer:
                     stream.write(b"".join(lines))
                     stream.flush()
                 with self._lock:
-                    if is_connected and connection in self._deadlines and hang_up.poll(0):
-                        is_connected = False
+                    if not has_gone.is_set() and connection in self._deadlines and hang_up.poll(0):
+                        has_gone.set()
                         until = time.monotonic() + _ABANDONED_SECONDS
                         self._deadlines[connection] = min(self._deadlines[connection], until)
                         self._set_timer()
@@ -271,6 +278,7 @@ class _WarmServer:
         connection: socket.socket | None,
         stream: io.BufferedRWPair | None,
         board: ProgressBoard,
+        has_gone: threading.Event,
     ) -> dict[str, Any]:
         started = time.perf_counter()
         try:
@@ -281,7 +289,13 @@ class _WarmServer:
                 stream.write(b'{"began": true}\n')
                 stream.flush()
             self._begin(connection, limit_seconds)
-            run_chunk(chunk, results, self._nets, board=board if wants_progress else None)
+            run_chunk(
+                chunk,
+                results,
+                self._nets,
+                board=board if wants_progress else None,
+                is_wanted=lambda: not (is_announced and has_gone.is_set()),
+            )
         except MlgError as error:
             return {"ok": False, **error.to_reply()}
         except ConnectionError as error:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -111,6 +112,16 @@ def test_client_that_leaves_or_talks_rubbish_harms_nobody(tmp_path, start_warm_s
 
 
 @pytest.mark.timeout(method="thread")  # the other method uses the timer that is tested
+def test_chunk_that_was_announced_ends_soon_after_its_client_has_gone(tmp_path, start_warm_server, chunk, slow_chunk):
+    server = start_warm_server(options=("--threads", "1")).wait_until_ready()
+    with server.send({**job(slow_chunk, tmp_path / "slow.zip"), "announce": True}) as slow:
+        assert slow.recv(100) == b'{"began": true}\n'
+
+    assert server.send_and_receive(job(chunk, tmp_path / "r.zip"))["ok"]
+    assert not (tmp_path / "slow.zip").exists()
+    assert server.process.poll() is None
+
+
 def test_limit_of_a_chunk_counts_only_during_the_chunk(tmp_path, models_folder, chunk):
     seen = []
 
@@ -122,7 +133,13 @@ def test_limit_of_a_chunk_counts_only_during_the_chunk(tmp_path, models_folder, 
     server = _WarmServer(None, tmp_path / "socket", Watching(models_folder), 0)
 
     replies = [
-        server._run_job(json.dumps({**job(chunk, tmp_path / "r.zip"), **limit}).encode(), None, None, ProgressBoard())
+        server._run_job(
+            json.dumps({**job(chunk, tmp_path / "r.zip"), **limit}).encode(),
+            None,
+            None,
+            ProgressBoard(),
+            threading.Event(),
+        )
         for limit in ({"limit_seconds": 500}, {})
     ]
 
