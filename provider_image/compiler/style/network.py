@@ -100,7 +100,7 @@ class _Graph:
     def compare_style(self, features: Any, channels: int, name: str) -> _Comparison:
         """The mean square of the difference from the wanted Gram matrix, which is a mean over the pixels."""
         op, weight = self.op, self.weight(1 + STYLES.index(name))
-        # Channels last, as x86-64 processors keep features for convolutions, so that nothing is copied.
+        # Channels last, as features are kept for convolutions with AVX-512, so that nothing is copied there.
         last = op.transpose(features, self.constant([0, 2, 3, 1], "int64"))
         rows = op.reshape(last, self.constant([-1, channels], "int64"), False)
         pixels = self.count(features, [2, 3])
