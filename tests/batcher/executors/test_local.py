@@ -316,9 +316,10 @@ def test_a_job_that_was_sent_ahead_is_run_by_the_next_worker_if_this_one_dies(
     async def main() -> None:
         jobs = HeldJobs(tmp_path, models_folder, monkeypatch, workers=1)
         await jobs.executor.start()
-        first, second = jobs.start("first"), jobs.start("second")
-        jobs.open("second")
+        first = jobs.start("first")
         pid = await jobs.pid("first")
+        second = jobs.start("second")
+        jobs.open("second")
         assert await jobs.sent_ahead() == pid
 
         os.kill(pid, signal.SIGKILL)
@@ -361,8 +362,9 @@ def test_a_job_that_is_cancelled_after_it_was_sent_ahead_is_left_out(
     async def main() -> None:
         jobs = HeldJobs(tmp_path, models_folder, monkeypatch, workers=1)
         await jobs.executor.start()
-        first, unwanted = jobs.start("first"), jobs.start("unwanted")
+        first = jobs.start("first")
         pid = await jobs.pid("first")
+        unwanted = jobs.start("unwanted")
         await jobs.sent_ahead()
 
         unwanted.cancel()
