@@ -305,6 +305,7 @@ class LocalExecutor:
 
         def begin() -> None:
             jobs.begin(queued_job, loop.time())
+            self._notify()  # now the worker may get one ahead
             if job.on_start is not None:
                 job.on_start()
 

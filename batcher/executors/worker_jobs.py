@@ -62,6 +62,10 @@ class WorkerJobs:
         """Tell whether the worker may get the job now."""
         if self.is_ending:
             return False
+        if len(self._jobs) >= self._slots and len(self._begun) < len(self._jobs):
+            # It might begin this one before one that was sent earlier. That would then wait behind it, though another
+            # worker may be idle, and its time would run.
+            return False
         return not self._jobs or not any(each.must_be_alone for each in (*self._jobs, queued_job))
 
     def add(self, queued_job: LocalQueuedJob, now: float) -> None:

@@ -305,9 +305,9 @@ class HeldJobs:
         return pid
 
     def _worker_with_more(self) -> int:
-        """Return the number of the worker that has a job which it has not begun, counted from 1; 0 if there is none."""
+        """Return the number of the worker that has more jobs than it runs, counted from 1; 0 if there is none."""
         each_jobs = self.executor._worker_jobs.items()
-        return next((number + 1 for number, jobs in each_jobs if len(jobs._jobs) > len(jobs._begun)), 0)
+        return next((number + 1 for number, jobs in each_jobs if len(jobs) > jobs._slots), 0)
 
 
 def test_a_job_that_was_sent_ahead_is_run_by_the_next_worker_if_this_one_dies(
@@ -316,10 +316,9 @@ def test_a_job_that_was_sent_ahead_is_run_by_the_next_worker_if_this_one_dies(
     async def main() -> None:
         jobs = HeldJobs(tmp_path, models_folder, monkeypatch, workers=1)
         await jobs.executor.start()
-        first = jobs.start("first")
-        pid = await jobs.pid("first")
-        second = jobs.start("second")
+        first, second = jobs.start("first"), jobs.start("second")
         jobs.open("second")
+        pid = await jobs.pid("first")
         assert await jobs.sent_ahead() == pid
 
         os.kill(pid, signal.SIGKILL)
@@ -362,9 +361,8 @@ def test_a_job_that_is_cancelled_after_it_was_sent_ahead_is_left_out(
     async def main() -> None:
         jobs = HeldJobs(tmp_path, models_folder, monkeypatch, workers=1)
         await jobs.executor.start()
-        first = jobs.start("first")
+        first, unwanted = jobs.start("first"), jobs.start("unwanted")
         pid = await jobs.pid("first")
-        unwanted = jobs.start("unwanted")
         await jobs.sent_ahead()
 
         unwanted.cancel()

@@ -159,6 +159,27 @@ def test_chunk_that_must_be_alone_is_not_run_beside_another() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_worker_gets_a_chunk_ahead_when_it_has_begun_those_that_it_runs(slots: int) -> None:
+    async def main() -> None:
+        jobs = WorkerJobs(slots)
+        *running, ahead = (
+            LocalQueuedJob(job=make_job(str(number)), outcome=asyncio.get_running_loop().create_future())
+            for number in range(slots + 1)
+        )
+        for each in running:
+            assert jobs.may_take(each)
+            jobs.add(each, 0.0)
+
+        for each in running:
+            assert not jobs.may_take(ahead)
+            jobs.begin(each, 1.0)
+
+        assert jobs.may_take(ahead)
+
+    asyncio.run(main())
+
+
 def test_time_of_a_chunk_begins_when_those_before_it_have_ended() -> None:
     async def main() -> None:
         jobs = WorkerJobs(2)
