@@ -1149,6 +1149,14 @@ def m031_pipeline_runs(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m032_cut_short(db: sqlite_utils.Database) -> None:
+    """Answers that a chunk's time has cut short are none to later requests, as those that are recorded now."""
+    db.execute(
+        "UPDATE requests SET digest = digest || '-cut' "
+        "WHERE service = 'style_transfer' AND state = 'done' AND json_extract(output, '$.complete') = 0"
+    )
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -1177,6 +1185,7 @@ STEPS: tuple[Step, ...] = (
     m027_open_requests,
     m030_open_steps,
     m031_pipeline_runs,
+    m032_cut_short,
 )
 
 

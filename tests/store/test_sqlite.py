@@ -308,6 +308,35 @@ def test_the_labels_of_an_earlier_version_belong_to_the_keys_of_their_requests(
     store.close()
 
 
+def test_styles_of_an_earlier_version_that_ended_early_are_no_answers_to_later_requests(
+    settings: HomeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(migrations, "STEPS", STEPS[: STEPS.index(migrations.m032_cut_short)])
+        old = Store(settings)
+        old.migrate()
+        old.close()
+    rows = [
+        ("style_transfer", '{"complete": false}'),
+        ("style_transfer", '{"complete": true}'),
+        ("classification", "[]"),
+    ]
+    with sqlite3.connect(settings.database) as connection:
+        connection.executemany(
+            "INSERT INTO requests (id, service, model, image_sha256, image_bytes, state, created_at, due_at,"
+            " finished_at, digest, output) VALUES (?, ?, 'm', ?, 1, 'done', 'x', 'x', 'x', 'd', ?)",
+            [(f"r{number}", service, "0" * 64, output) for number, (service, output) in enumerate(rows)],
+        )
+    connection.close()
+    store = Store(settings)
+
+    store.migrate()
+
+    found = store.database.rows("SELECT digest FROM requests ORDER BY number")
+    assert [row["digest"] for row in found] == ["d-cut", "d", "d"]
+    store.close()
+
+
 def test_a_record_is_read_from_a_row_with_its_defaults() -> None:
     cells = {"number": 1, "id": "x", "token": 2, "service": "s", "model": "m", "params": "{}", "image_sha256": "0"}
     cells |= {"image_bytes": 3, "attempts": 0, "isolation": 0, "created_at": "2026-11-28T07:00:00.250Z"}

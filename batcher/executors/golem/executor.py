@@ -60,8 +60,6 @@ class GolemExecutor:
         self._session: Session | None = None
         self._sessions = 0
         self._pools: dict[str, WorkerPool] = {}
-        #: Models whose chunks are being packed.
-        self._expected: set[str] = set()
         #: Pools that are being made, which may wait for the registry of images: model -> task.
         self._opening: dict[str, asyncio.Task[WorkerPool]] = {}
         #: Pools that are being closed.
@@ -99,7 +97,6 @@ class GolemExecutor:
             session_task.result()  # raises a ConfigError; otherwise the task does not end
 
     def capacity(self, model: str) -> int:
-        self._expected.add(model)
         # Those that it answers next, those that it computes meanwhile, and those that are packed and queued.
         pipelined = 3 * self._timings.pipeline_chunks(self._parts.provider_records.speed(model, ""))
         return max(JOBS_PER_WORKER, pipelined) * self._settings.max_workers
@@ -243,14 +240,12 @@ class GolemExecutor:
                 pool.restart_search()
         waiting = Counter(each.job.model for each in self._job_queue.queued_jobs())
         # Neither is waited for here: other models go on meanwhile.
-        expected, self._expected = self._expected, set()
-        for model in {*waiting, *expected}:
+        for model in waiting:
             if model not in self._pools and model not in self._opening:
                 self._opening[model] = asyncio.create_task(self._new_pool(model, session))
         for model in [model for model, task in self._opening.items() if task.done()]:
             try:
                 self._pools[model] = self._opening.pop(model).result()
-                self._pools[model].search()  # while its first chunk is packed
             except MlgError as error:
                 self._job_queue.fail_all(error, model=model)
         wanted = self._distribute_workers(waiting)

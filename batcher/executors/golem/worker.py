@@ -373,7 +373,7 @@ class GolemWorker:
                     refusal = await self._accept([attempt for attempt in self.attempts if attempt.has_arrived()])
                     if isinstance(refusal, UntrueResults):
                         # What ended the script is not what was wrong with these; a part of a file proves nothing.
-                        if not failure.is_provider_fault:
+                        if failure.is_file_server_fault:
                             self._report_failure(None, failure, None, 0.0)
                         failure = classify_error(refusal, "run the chunk")
         finally:

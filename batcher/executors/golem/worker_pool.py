@@ -76,6 +76,9 @@ class WorkerPool:
         self._search_task: asyncio.Task[None] | None = None
         #: Those that make an agreement and an activity.
         self._start_tasks: set[asyncio.Task[None]] = set()
+        #: The one of them that reserves what a start may cost, and has not yet taken an offer. One at a time: what it
+        #: reserves is for the offers that it has found.
+        self._choosing: asyncio.Task[None] | None = None
         #: The longest time limit of a chunk seen so far.
         self._chunk_seconds = 0.0
         #: When the first offer came, when the newest one, and the providers whose final offer is awaited.
@@ -122,11 +125,17 @@ class WorkerPool:
             self._is_search_stale, self._wanted_since = False, now
             self._restarts += is_quiet
             self._search_task.cancel()
-        if self._has_offers(now, missing):
-            # Others go on meanwhile: a provider that takes its time to sign delays none that has.
-            task = asyncio.create_task(self._start_worker())
-            self._start_tasks.add(task)
-            task.add_done_callback(self._start_tasks.discard)
+        if self._choosing is None and self._has_offers(now, missing):
+            # The next ones go on as soon as it has taken an offer: a provider that takes its time to sign delays none
+            # that has.
+            self._choosing = asyncio.create_task(self._start_worker())
+            self._start_tasks.add(self._choosing)
+            self._choosing.add_done_callback(self._end_start)
+
+    def _end_start(self, task: asyncio.Task[None]) -> None:
+        self._start_tasks.discard(task)
+        if self._choosing is task:
+            self._choosing = None
 
     def search(self) -> bool:
         """Publish the demand, or a new one if it expires soon, and look for offers, which costs nothing.
@@ -282,7 +291,9 @@ class WorkerPool:
         return not queued_jobs or any(provider_id not in each.failed_on for each in queued_jobs)
 
     def _on_event(self, name: str, event_fields: dict[str, Any]) -> None:
-        if name == "SubscriptionCreated":
+        if name == "OfferTaken":
+            self._choosing = None
+        elif name == "SubscriptionCreated":
             self.session.subscription_models[event_fields["subscription"].id] = self.model
         elif name in ("ProposalResponded", "ProposalConfirmed", "AgreementCreated"):
             self._negotiated_at = time.monotonic()
@@ -403,11 +414,13 @@ class WorkerPool:
         pool, has_activity, own_task = demand.job.agreements_pool, asyncio.Event(), asyncio.current_task()
         run_worker = functools.partial(self._run_worker, demand, has_activity)
         try:
+            await pool.cycle()
             hire = await self._reserve(pool)
             if hire is None:
+                # Until others are settled, or there are other offers, the next would find nothing either.
+                await asyncio.sleep(self._timings.collect_offers_seconds)
                 return
             self._hires[own_task] = hire
-            await pool.cycle()
             task = await self.session.engine.start_worker(demand.job, run_worker, self._check_commitment)
         except Exception as error:
             log.info("no agreement for %s: %s", self.model, explain(error))

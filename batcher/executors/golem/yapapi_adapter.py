@@ -55,7 +55,8 @@ def make_strategy(rate_offer: Callable[[str, Mapping[str, Any], str], float]) ->
 def make_job(engine: Any, *, expires_at: datetime, payload: Any, id: str, on_event: Callable[[str, Any], None]) -> Any:
     """Make a yapapi job: one demand, its offers and its agreements.
 
-    :param on_event: called immediately with the class name and the fields of each event.
+    :param on_event: called immediately with the class name and the fields of each event, and with OfferTaken when one
+        was chosen for an agreement.
     """
     from yapapi.agreements_pool import AgreementsPool
     from yapapi.engine import Job
@@ -70,6 +71,7 @@ def make_job(engine: Any, *, expires_at: datetime, payload: Any, id: str, on_eve
             random.shuffle(offers)  # among equal ones none is preferred
             best = max(offers, key=lambda offer: offer.score)
             del self._offer_buffer[best.proposal.issuer]
+            on_event("OfferTaken", {})
             agreement = await self._prepare_agreement(await best.proposal.create_agreement(), best.proposal)
             if agreement is None:
                 return None

@@ -26,6 +26,7 @@ from batcher.executors.golem.timings import GolemTimings
 from batcher.executors.golem.worker_pool import PublishedDemand, WorkerPool
 from store.store import Store
 from tests.contexts import make_context
+from tests.timing import until
 
 #: Without tolerances, so that amounts are easy to follow.
 EXACT = GolemTimings(bill_tolerance=Decimal(1), ending_seconds=0.0, overtime_seconds=0.0)
@@ -293,20 +294,60 @@ def test_offers_are_collected_until_none_comes_for_a_while_and_enough_are_there(
     asyncio.run(main())
 
 
-def test_offers_are_looked_for_before_the_first_chunk_is_packed(parts: GolemParts) -> None:
+def test_nothing_is_looked_for_before_a_chunk_waits(parts: GolemParts) -> None:
     async def main() -> None:
-        executor, _, pool = await two_models(parts)
+        executor, _, pool = await two_models(parts, min_workers=1)
         del executor._pools["vgg16"]
-        pool._search_task = None
-        pool._search_loop = lambda: asyncio.sleep(1000)  # type: ignore[method-assign, assignment, return-value]
         executor._new_pool = lambda *_: asyncio.sleep(0, pool)  # type: ignore[method-assign, assignment, return-value]
 
+        # The cycle asks for the capacity of every model that it may claim, again and again.
         executor.capacity("vgg16")
         await steps(executor)
         await parts.ledger_writer.close()
 
-        assert executor._pools["vgg16"] is pool and pool._search_task is not None
-        assert not pool.workers, "nothing is paid before a chunk waits"
+        assert "vgg16" not in executor._pools and not executor._opening
+
+    asyncio.run(main())
+
+
+def test_one_start_at_a_time_reserves_and_takes_an_offer(parts: GolemParts, store: Store) -> None:
+    async def main() -> None:
+        pool, may_take = await make_pool(parts), asyncio.Event()
+        pool._timings = replace(EXACT, collect_offers_seconds=0.0)
+        pool._search_task = asyncio.create_task(asyncio.sleep(1000))
+        found = pool._agreements_pool
+        found._offer_buffer.update(offers(one="0.1", other="0.1")._offer_buffer)
+        found.cycle = found.terminate_all = lambda **_: asyncio.sleep(0)
+
+        async def start_worker(*_: Any) -> None:
+            await may_take.wait()
+            found._offer_buffer.popitem()
+            pool._on_event("OfferTaken", {})
+            await asyncio.sleep(1000)  # the provider takes its time to sign
+
+        pool.session.engine = SimpleNamespace(start_worker=start_worker)
+
+        async def reserved_for(count: int) -> int:
+            """Return for how many starts money is reserved, when it is for so many and some steps later."""
+
+            def is_reserved() -> bool:
+                pool.step(4, may_start=True)
+                return len(store.reservations.list()) >= count
+
+            await until(is_reserved)
+            for _ in range(5):
+                pool.step(4, may_start=True)
+                await asyncio.sleep(0.02)
+            return len(store.reservations.list())
+
+        before = await reserved_for(1)
+        may_take.set()
+        after = await reserved_for(2)
+        pool._demand.job.finished = asyncio.Event()  # type: ignore[union-attr]
+        await pool.close(0.0)
+        await parts.ledger_writer.close()
+
+        assert (before, after) == (1, 2), "the second start began before the first had taken its offer"
 
     asyncio.run(main())
 
