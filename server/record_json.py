@@ -56,6 +56,5 @@ def _reader(names: str) -> tuple[list[str], Callable[[object], tuple[Any, ...]]]
     """Return the names, and what reads all of them at once: lists have thousands of fields."""
     keys = names.split()
     if len(keys) < 2:  # then it would return no tuple
-        read_one = operator.attrgetter(*keys)
-        return keys, lambda record: (read_one(record),)
+        return keys, lambda record: tuple(getattr(record, name) for name in keys)
     return keys, operator.attrgetter(*keys)
