@@ -66,6 +66,8 @@ class ProviderRecords:
         self._ban_backoff = Backoff(first_seconds=settings.ban_seconds, max_seconds=_MAX_BAN_SECONDS)
         #: Address -> reason. Has what this batcher decides before the store has it.
         self.banned: dict[str, str] = {}
+        #: Those of them that are not yet in the store.
+        self._unwritten_bans: dict[str, str] = {}
         self._has_unbanned = False
         #: Address -> 0 to 1.
         self.reliability: dict[str, float] = {}
@@ -86,7 +88,8 @@ class ProviderRecords:
 
     def refresh(self) -> None:
         """Read bans by operators and other batchers, and scores, from the store. Called in a thread."""
-        banned = self._providers.banned(datetime.now(UTC))
+        unwritten = dict(self._unwritten_bans)  # one that is written meanwhile is read, or is in here
+        banned = {**self._providers.banned(datetime.now(UTC)), **unwritten, **self._unwritten_bans}
         self._has_unbanned = self._has_unbanned or bool(self.banned.keys() - banned.keys())
         self.banned = banned
         self.reliability = self._providers.scores()
@@ -165,6 +168,7 @@ class ProviderRecords:
             self._forgiven[provider_id] += 1
             self._failures.pop(provider_id, None)
             self.banned.pop(provider_id, None)
+            self._unwritten_bans.pop(provider_id, None)
             self._has_unbanned = True
             self._ledger_writer.enqueue(self._providers.unban, provider_id, by_operator=False)
 
@@ -189,11 +193,12 @@ class ProviderRecords:
         )
 
     def _ban(self, provider_id: str, reason: str, seconds: float) -> None:
-        self.banned[provider_id] = reason
+        self.banned[provider_id] = self._unwritten_bans[provider_id] = reason
         until = datetime.now(UTC) + timedelta(seconds=seconds)
-        self._ledger_writer.enqueue(
+        written = self._ledger_writer.enqueue(
             self._providers.ban, provider_id, until=until, reason=reason[:500], by_operator=False
         )
+        written.add_done_callback(lambda _: self._unwritten_bans.pop(provider_id, None))
 
     # Rating
 

@@ -352,6 +352,28 @@ def test_one_start_at_a_time_reserves_and_takes_an_offer(parts: GolemParts, stor
     asyncio.run(main())
 
 
+def test_ban_that_is_not_yet_written_is_not_forgotten_when_bans_are_read(parts: GolemParts, store: Store) -> None:
+    async def main() -> None:
+        records = parts.provider_records
+        records.record_offer("0xa1fa", offer("0.1"))
+        records.record_overbilling("0xa1fa", "It charged too much.")  # the writer has not begun
+
+        records.refresh()
+        before = list(records.banned)
+        parts.ledger_writer.start()
+        await until(lambda: store.providers.banned(datetime.now(UTC)))
+        await until(lambda: not records._unwritten_bans)
+        records.refresh()
+        written = list(records.banned)
+        store.providers.unban("0xa1fa", by_operator=True)
+        records.refresh()
+        await parts.ledger_writer.close()
+
+        assert (before, written, records.banned) == (["0xa1fa"], ["0xa1fa"], {})
+
+    asyncio.run(main())
+
+
 def test_a_kept_minimum_of_one_model_gives_way_to_the_work_of_another(parts: GolemParts, tmp_path: Path) -> None:
     async def main() -> None:
         executor, kept, other = await two_models(parts, max_workers=1, min_workers=1)
