@@ -1,4 +1,7 @@
-"""Stores of new homes, made quickly: an empty database is migrated once in a process, and copied."""
+"""Stores of new homes, made quickly: an empty database is migrated once in a process, and copied.
+
+Also homes as earlier versions have made them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import contextlib
 import functools
 import tempfile
 from pathlib import Path
+from unittest import mock
 
+from store import migrations
 from store.settings import HomeSettings
 from store.store import Store
 
@@ -19,6 +24,13 @@ def open_store(settings: HomeSettings) -> Store:
         settings.database.write_bytes(_empty_database())
     store.migrate()
     return store
+
+
+def make_earlier_home(settings: HomeSettings, step: migrations.Step) -> list[str]:
+    """Make a home as the last version before a step of the migrations made it. :return: the steps that it has."""
+    earlier = migrations.STEPS[: migrations.STEPS.index(step)]
+    with mock.patch.object(migrations, "STEPS", earlier), contextlib.closing(Store(settings)) as store:
+        return store.migrate()
 
 
 @functools.cache

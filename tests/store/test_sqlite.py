@@ -23,6 +23,7 @@ from store.requests import Claim, NewRequest, RequestRecord
 from store.rows import from_row
 from store.settings import HomeSettings
 from store.store import Store
+from tests.stores import make_earlier_home
 from tests.timing import DEADLINE_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -282,14 +283,8 @@ def test_frequent_queries_use_an_index(store: Store, tmp_path: Path) -> None:
     connection.close()
 
 
-def test_the_labels_of_an_earlier_version_belong_to_the_keys_of_their_requests(
-    settings: HomeSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as before:
-        before.setattr(migrations, "STEPS", STEPS[: STEPS.index(migrations.m016_leaks)])
-        old = Store(settings)
-        old.migrate()
-        old.close()
+def test_the_labels_of_an_earlier_version_belong_to_the_keys_of_their_requests(settings: HomeSettings) -> None:
+    make_earlier_home(settings, migrations.m016_leaks)
     with sqlite3.connect(settings.database) as connection:
         for number, key_id in ((1, "alice"), (2, "bob"), (3, None)):
             connection.execute(
@@ -308,14 +303,8 @@ def test_the_labels_of_an_earlier_version_belong_to_the_keys_of_their_requests(
     store.close()
 
 
-def test_styles_of_an_earlier_version_that_ended_early_are_no_answers_to_later_requests(
-    settings: HomeSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as before:
-        before.setattr(migrations, "STEPS", STEPS[: STEPS.index(migrations.m032_cut_short)])
-        old = Store(settings)
-        old.migrate()
-        old.close()
+def test_styles_of_an_earlier_version_that_ended_early_are_no_answers_to_later_requests(settings: HomeSettings) -> None:
+    make_earlier_home(settings, migrations.m032_cut_short)
     rows = [
         ("style_transfer", '{"complete": false}'),
         ("style_transfer", '{"complete": true}'),
@@ -335,6 +324,18 @@ def test_styles_of_an_earlier_version_that_ended_early_are_no_answers_to_later_r
     found = store.database.rows("SELECT digest FROM requests ORDER BY number")
     assert [row["digest"] for row in found] == ["d-cut", "d", "d"]
     store.close()
+
+
+def test_counts_of_open_requests_of_an_earlier_version_can_be_corrected(settings: HomeSettings) -> None:
+    make_earlier_home(settings, migrations.m030_open_steps)
+    with contextlib.closing(Store(settings)) as store:
+        store.migrate()
+        add(store)
+        store.database.execute("UPDATE open_requests SET count = 7")
+
+        store.requests.correct_open()
+
+        assert [(one.model, one.waiting) for one in store.requests.backlog()] == [("resnet50", 1)]
 
 
 def test_a_record_is_read_from_a_row_with_its_defaults() -> None:

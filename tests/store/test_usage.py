@@ -15,7 +15,7 @@ from store.requests import NewRequest
 from store.settings import HomeSettings
 from store.store import Store
 from store.transition import _CORRECT_COUNT, _WRONG_COUNTS
-from tests.stores import open_store
+from tests.stores import make_earlier_home, open_store
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
@@ -76,12 +76,8 @@ def test_usage_is_added_up_by_its_indexes(home: Path) -> None:
     assert not [line for plan in plans for line in plan if line.startswith("SCAN usage")]
 
 
-def test_a_home_of_an_earlier_version_keeps_the_images_of_its_keys(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = migrations.STEPS
-    with monkeypatch.context() as earlier:
-        earlier.setattr(migrations, "STEPS", tuple(step for step in steps if step.__name__ < "m025"))
-        with closing(Store(HomeSettings(home=home))) as store:
-            store.migrate()
+def test_a_home_of_an_earlier_version_keeps_the_images_of_its_keys(home: Path) -> None:
+    make_earlier_home(HomeSettings(home=home), migrations.m025_usage)
     with closing(sqlite3.connect(home / "mlg.db")) as connection:
         db = sqlite_utils.Database(connection)
         db["key_usage"].insert_all([{"key_id": "k", "day": f"2026-11-{day}", "pictures": day} for day in (19, 20)])

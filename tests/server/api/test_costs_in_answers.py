@@ -19,6 +19,7 @@ from store.rentals.ledger import BillState, InvoiceRecord
 from store.requests import Answer, NewRequest
 from store.store import Store
 from tests.conftest import MODEL, OUTPUT
+from tests.stores import make_earlier_home
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
@@ -126,13 +127,9 @@ def test_the_notices_of_a_batcher_change_with_each_heartbeat(store: Store) -> No
     assert store.batchers.list(seen_since=NOW)[0].notices == {}
 
 
-def test_a_database_from_before_costs_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_from_before_costs_is_migrated(tmp_path: Path) -> None:
     settings = ServerSettings(home=tmp_path / "home")
-    with monkeypatch.context() as before:
-        before.setattr(migrations, "STEPS", migrations.STEPS[:2])
-        old = Store(settings)
-        assert old.migrate() == ["m001_requests", "m002_journal"]
-        old.close()
+    assert make_earlier_home(settings, migrations.m003_money) == ["m001_requests", "m002_journal"]
     # As the version before wrote them.
     with sqlite3.connect(settings.database) as connection:
         connection.execute(
