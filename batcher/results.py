@@ -173,8 +173,8 @@ def check_results(packed: PackedChunk, models: Path, try_item: TryItem, results:
         artefact = find_artefact(models, packed.planned.model)
     except MODEL_ERRORS:
         return 0  # missing here, which is not the provider's fault; `resolve_chunk` says so
-    if artefact.digest not in packed.digests[:1]:
-        return 0  # likewise, if it was installed meanwhile
+    if packed.digests and artefact.digest != packed.digests[0]:
+        return 0  # likewise, if it was installed again meanwhile
     found = _read(packed, artefact, results)
     if found.precision != artefact.computes_in:
         raise UntrueResults(f"The results were computed in {found.precision}, not in {artefact.computes_in}.")

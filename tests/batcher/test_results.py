@@ -178,8 +178,13 @@ REFUSED = ItemResult(number=1, error=BrokenImage("a lie"))
 DONE = Outcome(provider="p", seconds=1.0)
 
 
-def test_a_provider_that_refuses_an_input_that_can_be_used_has_not_answered(harness: Any, answered: Write) -> None:
+@pytest.mark.parametrize("was_installed", [True, False], ids=["installed", "built while it is computed"])
+def test_a_provider_that_refuses_an_input_that_can_be_used_has_not_answered(
+    harness: Any, answered: Write, was_installed: bool
+) -> None:
     packed = answered(REFUSED)
+    if not was_installed:
+        packed = replace(packed, digests=())
 
     with pytest.raises(UntrueResults, match=r"can be used.*a lie"):
         check_results(packed, harness.models, trying(None, None, None, None), packed.results)
