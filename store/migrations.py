@@ -1084,13 +1084,7 @@ def m025_usage(db: sqlite_utils.Database) -> None:
 
 def m027_open_requests(db: sqlite_utils.Database) -> None:
     """How many requests of each model have not ended, which `transition` counts from now on."""
-    db.execute("""
-        CREATE TABLE open_requests (
-            model TEXT PRIMARY KEY,
-            count INTEGER NOT NULL,
-            corrections INTEGER NOT NULL DEFAULT 0
-        ) WITHOUT ROWID
-        """)
+    db.execute("CREATE TABLE open_requests (model TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID")
     db.execute(
         """
         INSERT INTO open_requests (model, count) SELECT model, sum(count) FROM (
@@ -1105,6 +1099,8 @@ def m027_open_requests(db: sqlite_utils.Database) -> None:
 
 def m030_open_steps(db: sqlite_utils.Database) -> None:
     """How many of the requests that have not ended are steps of pipelines, which do not count as sent by clients."""
+    if "corrections" not in db["open_requests"].columns_dict:  # a version that was not published had it from the start
+        db.execute("ALTER TABLE open_requests ADD COLUMN corrections INTEGER NOT NULL DEFAULT 0")
     for statement in (
         "ALTER TABLE open_requests ADD COLUMN steps INTEGER NOT NULL DEFAULT 0",
         "CREATE INDEX requests_open_steps ON requests (model) "
