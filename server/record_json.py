@@ -43,12 +43,7 @@ def fields(record: object, names: str) -> dict[str, Any]:
 
 def given_fields(record: object, names: str) -> dict[str, Any]:
     """Return those of the fields that are neither None nor empty, as JSON."""
-    keys, read = _reader(names)
-    return {
-        name: value if type(value) in _PLAIN_TYPES else to_json(value)
-        for name, value in zip(keys, read(record), strict=True)
-        if value is not None and (value or value == 0)
-    }
+    return {name: value for name, value in fields(record, names).items() if value or value == 0}
 
 
 @functools.cache

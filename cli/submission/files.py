@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from provider_image.errors import ConfigError
+from provider_image.models.catalogue import normalise_name
 
 if TYPE_CHECKING:
     from mlg_client import Client
@@ -61,15 +62,11 @@ def find_input(paths: Iterable[Path], client: Client, model: str) -> str:
         for path in paths
     ):
         return "image"
-    kinds = {_spell(one.name): one.raw.get("input") for one in client.models()}
-    if _spell(model) not in kinds:
-        kinds = {_spell(one["name"]): next(iter(one["inputs"].values())) for one in client.pipelines()}
-    kind = kinds.get(_spell(model))
+    kinds = {normalise_name(one.name): one.raw.get("input") for one in client.models()}
+    if normalise_name(model) not in kinds:
+        kinds = {normalise_name(one["name"]): next(iter(one["inputs"].values())) for one in client.pipelines()}
+    kind = kinds.get(normalise_name(model))
     return kind if kind in PLAIN_SUFFIXES else "image"
-
-
-def _spell(name: str) -> str:
-    return name.lower().replace("-", "_")
 
 
 def split_files(files: Iterable[Path]) -> Iterator[Path]:
