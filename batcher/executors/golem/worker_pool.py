@@ -113,7 +113,7 @@ class WorkerPool:
         if self._is_closing or not wanted:
             self._wanted_since = None
             return
-        may_start &= self.search()
+        may_start &= self._search()
         missing = wanted - len(self.current_workers()) - self.starting()
         if missing <= 0 or not may_start:
             self._wanted_since = None
@@ -137,8 +137,8 @@ class WorkerPool:
         if self._choosing is task:
             self._choosing = None
 
-    def search(self) -> bool:
-        """Publish the demand, or a new one if it expires soon, and look for offers, which costs nothing.
+    def _search(self) -> bool:
+        """Publish the demand, or a new one if it expires soon, and look for offers.
 
         :return: whether agreements can be made; otherwise some are being made for the demand that expires.
         """
